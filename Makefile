@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they set up .venv themselves.
+
+PYTHON ?= python3
+BIN = .venv/bin
+DEMO = --data_dir data/demo
+BEST = --checkpoint checkpoints/demo/StoryGPT_best.pt
+
+.PHONY: demo test lint
+
+demo: .venv/requirements
+	rm -rf data/demo checkpoints/demo
+	$(BIN)/python prepare_data.py --dataset sample --vocab_size 4096 $(DEMO)
+	$(BIN)/python train.py --preset demo $(DEMO) --checkpoint_dir checkpoints/demo
+	$(BIN)/python evaluate.py $(BEST) $(DEMO) --num_stories 50
+	@echo "The loss plot is checkpoints/demo/loss_plot.png. Three stories:"
+	@$(BIN)/python generate.py $(BEST) --prompt "" --num_samples 3
+
+test: .venv/requirements-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/requirements-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'StoryGPT needs Python 3.11')"
+	$(PYTHON) -m venv .venv
+
+.venv/requirements: requirements.txt | .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/requirements-dev: requirements-dev.txt .venv/requirements
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	touch $@

@@ -1,0 +1,312 @@
+"""GPT-2 (Radford et al., 2019) in PyTorch: forward, loss, parameter groups, cached generation.
+
+Imports only torch and `config`: this file is published beside the checkpoint.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import GPTConfig, InputError
+
+
+def masked_softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """softmax(q kᵀ / √d) v written out, for a torch without scaled_dot_product_attention.
+
+    q is (..., T, d); k and v are (..., S, d). is_causal lets query t see keys 0 to t.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
+
+
+attention = getattr(F, "scaled_dot_product_attention", masked_softmax_attention)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of softmax(x weightᵀ), a chunk of rows at a time.
+
+    The logits of a batch are its largest tensor by far, so they never exist as a whole: each
+    chunk's gradients are taken while its logits are there. Gradients are of the sum, scaled only
+    in backward: dividing by the number of tokens first would underflow in float16.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, keep_gradients: bool) -> Tensor:
+        """x (N, C), weight (V, C) of the same dtype, targets (N,) to a () float32 loss."""
+        num_classes, on_gpu = len(weight), x.is_cuda
+        if on_gpu:  # tensor cores want rows that start at aligned addresses
+            weight = F.pad(weight, (0, 0, 0, -num_classes % 64))
+        # Large enough to fill the device, small enough to stay in a CPU's cache.
+        rows = max(256, (2**27 if on_gpu else 2**21) // num_classes)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        if keep_gradients:
+            x_grad = torch.empty_like(x)
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for first in range(0, len(x), rows):
+            chunk, chunk_targets = x[first : first + rows], targets[first : first + rows, None]
+            logits = (chunk @ weight.T).float()
+            logits[:, num_classes:] = -math.inf
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += (log_sum - logits.gather(1, chunk_targets)).sum()
+            if keep_gradients:
+                error = logits.sub_(log_sum).exp_()  # softmax minus one-hot
+                error.scatter_add_(1, chunk_targets, -torch.ones_like(log_sum))
+                error = error.to(x.dtype)
+                x_grad[first : first + rows] = error @ weight
+                weight_grad += error.T @ chunk
+        if keep_gradients:
+            ctx.save_for_backward(x_grad, weight_grad[:num_classes])
+        return loss
+
+    @staticmethod
+    def backward(ctx, loss_grad: Tensor):
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * loss_grad, weight_grad * loss_grad, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """F.cross_entropy(x @ weight.T, targets) without the logits in memory.
+
+    x is (N, C), weight (V, C), targets (N,) int64; the result is the mean, a () float32 tensor.
+    Under autocast the products run in its dtype; softmax and sums are always float32.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled()) / len(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, d)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:  # (2, B, n_head, context_length, d)
+            cache[0, :, :, position : position + T] = k
+            cache[1, :, :, position : position + T] = v
+            k, v = cache[:, :, :, : position + T]
+        # A single query is the newest token, which sees all keys there are.
+        y = attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GPT-2's tanh form, so that exported weights mean the same elsewhere
+        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, position)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with learned positions and tied input and output embeddings."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, CausalSelfAttention | MLP):
+            # Each block adds to the residual stream twice: keeps its variance at any depth.
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def num_parameters(self) -> int:
+        """Parameters, the shared embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """FLOPs of training on one token, forward and backward.
+
+        6 for every weight that multiplies, and 12 · n_layer · n_embd · context_length for
+        attention (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
+        """
+        c = self.config
+        weights = self.num_parameters() - self.wpe.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.context_length
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Optimizer groups: matrices and embeddings decay, biases and norms do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def hidden(self, idx: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        """(B, T) ids to (B, T, n_embd) final states, for tokens at `position` and after.
+
+        `cache`, where given, is read and extended (see `new_cache`); T is then 1, or position 0.
+        """
+        T = idx.size(1)
+        if position + T > self.config.context_length:
+            raise InputError(
+                f"{position + T} tokens do not fit context_length {self.config.context_length}"
+            )
+        x = self.wte(idx) + self.wpe.weight[position : position + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache[i], position)
+        return self.ln_f(x)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B, T) int64 ids to (logits, loss).
+
+        Without `targets`: logits (B, T, vocab_size) and None. With (B, T) int64 `targets`: None
+        and the mean cross-entropy in nats a token. Raises InputError for T over context_length.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    def new_cache(self, batch_size: int) -> Tensor:
+        """An empty cache of keys and values: (n_layer, 2, B, n_head, context_length, d)."""
+        c, weight = self.config, self.wte.weight
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.context_length, c.n_embd // c.n_head)
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        end_of_text: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the continuation of (B, T) int64 `idx`, one (B, 1) column of ids at a time.
+
+        temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the smallest set
+        of likeliest tokens that reaches that probability (Holtzman et al., 2019). With
+        `end_of_text` given, a row that has told it repeats it, and all rows having told it ends
+        the stream. Only the last context_length tokens of `idx` are read. When the context is
+        full, its last half is read again and the window goes on from there, so that a long story
+        costs one extra forward pass every context_length / 2 tokens.
+
+        Raises InputError for sampling arguments out of range or an empty `idx`.
+        """
+        check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
+        return self._stream(idx, max_new_tokens, temperature, top_k, top_p, end_of_text, generator)
+
+    @torch.no_grad()
+    def _stream(
+        self, idx, max_new_tokens, temperature, top_k, top_p, end_of_text, generator
+    ) -> Iterator[Tensor]:
+        was_training = self.training
+        self.eval()
+        try:
+            seen = idx[:, -self.config.context_length :]
+            cache = self.new_cache(idx.size(0))
+            position = 0  # of the first token that the cache does not hold yet
+            finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
+            for _ in range(max_new_tokens):
+                if position == self.config.context_length:
+                    seen = seen[:, -max(1, self.config.context_length // 2) :]
+                    position = 0
+                logits = self.lm_head(self.hidden(seen[:, position:], cache, position)[:, -1])
+                position = seen.size(1)
+                token = sample(logits, temperature, top_k, top_p, generator)
+                if end_of_text is not None:
+                    token = token.masked_fill(finished, end_of_text)
+                    finished = finished | (token == end_of_text)
+                yield token
+                if end_of_text is not None and finished.all():
+                    return
+                seen = torch.cat((seen, token), dim=1)
+        finally:
+            self.train(was_training)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
+        """(B, T) int64 `idx` and its continuation, (B, at most T + max_new_tokens) int64.
+
+        Takes the arguments of `stream`.
+        """
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
+
+
+def check_sampling(
+    idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raises InputError with the first argument of `GPT.stream` that is out of range."""
+    for valid, message in (
+        (idx.dim() == 2 and idx.numel() > 0, "the prompt has no tokens"),
+        (max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}"),
+        (0 <= temperature < math.inf, f"temperature must be at least 0, not {temperature}"),
+        (top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}"),
+        (top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}"),
+    ):
+        if not valid:
+            raise InputError(message)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B, vocab_size) logits to (B, 1) int64 ids, drawn on the logits' device."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier tokens
+        logits = logits.scatter(1, order, ordered.masked_fill(before >= top_p, -math.inf))
+    # Dividing by exponential noise and taking the largest draws from the softmax (the Gumbel-max
+    # trick) without the synchronization of torch.multinomial.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1, keepdim=True)

@@ -1,0 +1,376 @@
+"""Script: stories in, token files out.
+
+Writes `train.bin` and `validation.bin` (raw little-endian uint16 ids, one stream a split, an
+end-of-text id after every story) and `meta.json`, which says what they hold.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from cli import parse_flags, progress_bar, run
+from config import InputError
+from sample_stories import sample_stories
+from tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
+
+SPLITS = ("train", "validation")
+NUM_SAMPLE_STORIES = 20_000
+BATCH = 1_000  # stories a worker encodes at once
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Encode stories into train.bin, validation.bin and meta.json."""
+
+    dataset: str = "roneneldan/TinyStories"
+    """A data set on the Hub, `sample` (built in, needs no network), a local data-set folder, or a
+    .txt, .jsonl, .csv or .parquet file."""
+    text_column: str = "text"
+    """The column that holds the stories."""
+    vocab_size: int = GPT2_VOCAB_SIZE
+    """Token ids to use: GPT-2's first vocab_size - 1 tokens and end-of-text."""
+    validation_fraction: float = 0.01
+    """Share of stories held out where the data set has no validation split."""
+    num_proc: int = os.cpu_count() or 1
+    """Processes that encode."""
+    data_dir: Path = Path("data")
+    """Folder to write to."""
+    seed: int = 1337
+    """Seed of the hold-out and of the sample stories."""
+
+
+# --- Where stories come from: every source is an iterator of batches (lists of strings) a split ---
+
+
+def batched(stories: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Consecutive lists of `size` stories; the last may be shorter."""
+    stories = iter(stories)
+    while batch := list(islice(stories, size)):
+        yield batch
+
+
+def read_text_files(paths: list[Path]) -> Iterator[str]:
+    """The stories of .txt files, which lines of `<|endoftext|>` separate (TinyStories' format)."""
+    for path in paths:
+        lines = []
+        with open(path, encoding="utf-8") as file:
+            try:
+                for line in file:
+                    if line.strip() == END_OF_TEXT:
+                        yield "".join(lines).strip("\n")
+                        lines = []
+                    else:
+                        lines.append(line)
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+        if "".join(lines).strip():
+            yield "".join(lines).strip("\n")
+
+
+def read_columns(dataset, name: str, text_column: str) -> Iterator[list[str]]:
+    """The stories of one split of a `datasets` data set."""
+    try:
+        for batch in dataset.with_format("arrow").iter(batch_size=BATCH):
+            if text_column not in batch.column_names:
+                raise InputError(
+                    f"{name} has no column {text_column!r}: pass --text_column with one of "
+                    + ", ".join(batch.column_names)
+                )
+            stories = batch[text_column].to_pylist()
+            if wrong := [story for story in stories if not isinstance(story, str | None)]:
+                raise InputError(
+                    f"column {text_column!r} of {name} holds {type(wrong[0]).__name__}, not text: "
+                    "pass --text_column"
+                )
+            yield stories
+    except InputError:
+        raise
+    except Exception as error:  # each file format raises exceptions of its own
+        raise InputError(f"cannot read {name}: {_one_line(error)}") from error
+
+
+def quiet_datasets():
+    """The `datasets` library, its warnings off: what goes wrong, this script says itself."""
+    import datasets
+    import huggingface_hub
+
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    return datasets
+
+
+def open_hub_dataset(name: str):
+    """Downloads `name`, or takes it from the local cache where the Hub cannot be reached."""
+    datasets = quiet_datasets()
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    reachable = True
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HFValidationError as error:
+        raise InputError(
+            f"{name} is neither a file, a folder nor a data set's name on the Hub: "
+            "pass --dataset owner/name, a path, or --dataset sample"
+        ) from error
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"the Hub does not give out {name} (HTTP {error.response.status_code}): check "
+            "--dataset, or log in with `hf auth login` if it is private"
+        ) from error
+    except Exception:  # no connection: the cache may have it, and asking it must not retry
+        reachable = False
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name)
+    except Exception as error:
+        if reachable:
+            raise InputError(f"cannot load {name}: {_one_line(error)}") from error
+        raise InputError(
+            f"the Hub cannot be reached to download {name}: check the network, or use the "
+            "built-in stories with --dataset sample"
+        ) from error
+
+
+def open_stories(arguments: Arguments) -> tuple[dict[str, Iterator[list[str]]], int | None]:
+    """Batches of stories by split (`validation` only where the source has one), and their count.
+
+    The count is None where only reading everything would tell.
+    """
+    name, path = arguments.dataset, Path(arguments.dataset)
+    if name == "sample":
+        stories = sample_stories(NUM_SAMPLE_STORIES, seed=arguments.seed)
+        return {"train": batched(stories, BATCH)}, NUM_SAMPLE_STORIES
+
+    text_files = sorted(path.glob("*.txt")) if path.is_dir() else [path] * (path.suffix == ".txt")
+    if path.exists() and text_files:
+        held_out = [file for file in text_files if "valid" in file.name.lower()]
+        splits = {"train": [file for file in text_files if file not in held_out]}
+        if held_out and splits["train"]:
+            splits["validation"] = held_out
+        else:
+            splits["train"] = text_files
+        return {split: batched(read_text_files(s), BATCH) for split, s in splits.items()}, None
+
+    if not path.exists() and (path.suffix in {".txt", *FILE_TYPES} or path.is_absolute()):
+        raise InputError(f"there is no file or folder {name}: check --dataset")
+    if path.exists():
+        if path.is_file() and path.suffix not in FILE_TYPES:
+            kinds = ", ".join([".txt", *FILE_TYPES])
+            raise InputError(f"{name} is of no kind this script reads ({kinds}): check --dataset")
+        dataset = open_local_dataset(path)
+    else:
+        dataset = open_hub_dataset(name)
+
+    validation = next((s for s in ("validation", "valid", "dev", "test") if s in dataset), None)
+    train = "train" if "train" in dataset else next(iter(dataset))
+    found = {"train": dataset[train]}
+    if validation not in (None, train):
+        found["validation"] = dataset[validation]
+    sized = all(hasattr(split, "__len__") for split in found.values())
+    return (
+        {s: read_columns(d, name, arguments.text_column) for s, d in found.items()},
+        sum(map(len, found.values())) if sized else None,
+    )
+
+
+def open_local_dataset(path: Path):
+    """A folder or file as `datasets` reads it, streamed: no copy of it is left in a cache."""
+    load_dataset = quiet_datasets().load_dataset
+    try:
+        if path.is_dir():
+            return load_dataset(str(path), streaming=True)
+        kind = FILE_TYPES[path.suffix]
+        return load_dataset(kind, data_files={"train": str(path)}, streaming=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a data set: {_one_line(error)}") from error
+
+
+def split_batches(
+    sources: dict[str, Iterator[list[str]]], validation_fraction: float, seed: int
+) -> Iterator[tuple[str, list[str]]]:
+    """(split, stories) in file order; without a validation split, holds out a seeded share.
+
+    The share is drawn block by block, so that it needs no count of the whole, comes from
+    everywhere in the data, and is never empty.
+    """
+    if "validation" in sources:
+        for split in SPLITS:
+            for batch in sources[split]:
+                yield split, batch
+        return
+    rng = random.Random(seed)
+    stories = (story for batch in sources["train"] for story in batch)
+    for block in batched(stories, max(BATCH, round(1 / validation_fraction))):
+        num_held_out = max(1, round(len(block) * validation_fraction))
+        held_out = set(rng.sample(range(len(block)), num_held_out))
+        yield "train", [story for i, story in enumerate(block) if i not in held_out]
+        yield "validation", [story for i, story in enumerate(block) if i in held_out]
+
+
+# --- From stories to files ---
+
+
+def encode_stories(stories: list[str | None], vocab_size: int) -> tuple[np.ndarray, int, int]:
+    """All stories as one (tokens,) uint16 array, and the counts of stories and UTF-8 bytes in it.
+
+    Empty stories are left out.
+    """
+    tokenizer = load_tokenizer(vocab_size)
+    end_of_text = np.array([tokenizer.eot_token])
+    pieces, num_bytes = [], 0
+    for story in stories:
+        if not story or story.isspace():
+            continue
+        try:
+            data = story.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
+            data = story.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+            story = data.decode()
+        num_bytes += len(data)
+        # encode_ordinary, but into an array: text that spells a special token stays text
+        pieces += [tokenizer.encode_to_numpy(story, disallowed_special=()), end_of_text]
+    ids = np.concatenate(pieces).astype("<u2") if pieces else np.empty(0, "<u2")
+    return ids, len(pieces) // 2, num_bytes
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+
+def encode_in_parallel(
+    batches: Iterable[tuple[str, list[str]]], vocab_size: int, num_proc: int
+) -> Iterator[tuple[str, int, tuple[np.ndarray, int, int]]]:
+    """(split, stories read, encode_stories of them) in order, with a bounded number in memory."""
+    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker)
+    waiting = deque()
+    try:
+        for split, stories in batches:
+            future = pool.submit(encode_stories, stories, vocab_size)
+            waiting.append((split, len(stories), future))
+            if len(waiting) > 3 * num_proc:
+                split, count, future = waiting.popleft()
+                yield split, count, future.result()
+        while waiting:
+            split, count, future = waiting.popleft()
+            yield split, count, future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process died, perhaps for want of memory: pass a smaller --num_proc"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def meta_checksum(meta: dict) -> str:
+    """SHA-256 of all of meta.json but its own `sha256`."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(arguments: Arguments) -> dict:
+    """Writes the three files of `arguments.data_dir` and returns what meta.json says.
+
+    They are made beside it and moved in whole at the end: until then the old ones stay.
+    Raises InputError.
+    """
+    if not 0 < arguments.validation_fraction < 1:
+        raise InputError(
+            f"validation_fraction {arguments.validation_fraction} is not between 0 and 1: "
+            "pass --validation_fraction 0.01"
+        )
+    if arguments.num_proc < 1:
+        raise InputError(f"num_proc {arguments.num_proc} is below 1: pass --num_proc 1")
+    tokenizer = load_tokenizer(arguments.vocab_size)
+    start = time.perf_counter()
+    sources, num_stories = open_stories(arguments)
+    batches = split_batches(sources, arguments.validation_fraction, arguments.seed)
+    encoded = encode_in_parallel(batches, arguments.vocab_size, arguments.num_proc)
+
+    counts = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    seen, skipped = np.zeros(arguments.vocab_size, bool), 0
+    data_dir = arguments.data_dir
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir) as scratch:
+        scratch = Path(scratch)
+        with ExitStack() as stack:
+            stack.callback(encoded.close)
+            files = {s: stack.enter_context(open(scratch / f"{s}.bin", "wb")) for s in SPLITS}
+            bar = progress_bar(total=num_stories, unit=" stories", desc="encoding")
+            stack.enter_context(bar)
+            for split, count, (ids, kept, num_bytes) in encoded:
+                files[split].write(ids.data)
+                digests[split].update(ids.data)
+                counts[split]["stories"] += kept
+                counts[split]["tokens"] += len(ids)
+                counts[split]["bytes"] += num_bytes
+                skipped += count - kept
+                seen[ids] = True
+                bar.update(count)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        for split in SPLITS:
+            if not counts[split]["stories"]:
+                raise InputError(
+                    f"{arguments.dataset} has no stories for the {split} split: "
+                    "check --dataset and --text_column"
+                )
+            counts[split]["sha256"] = digests[split].hexdigest()
+        meta = {
+            "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.n_vocab,
+            "end_of_text": tokenizer.eot_token,
+            "dataset": arguments.dataset,
+            "splits": counts,
+        }
+        meta["sha256"] = meta_checksum(meta)
+        (scratch / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        # Without its meta.json a data folder counts as not prepared: a run killed between these
+        # lines can leave no mix of old and new.
+        (data_dir / "meta.json").unlink(missing_ok=True)
+        for name in ("train.bin", "validation.bin", "meta.json"):
+            os.replace(scratch / name, data_dir / name)
+
+    seconds = time.perf_counter() - start
+    total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
+    for split in SPLITS:
+        c = counts[split]
+        print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
+    print(
+        f"{total['bytes'] / (total['tokens'] or 1):.2f} bytes a token, {seen.sum():,} distinct ids "
+        f"of {arguments.vocab_size:,}, {skipped:,} empty stories skipped\n"
+        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with {arguments.num_proc} "
+        f"processes; written to {data_dir}"
+    )
+    return meta
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+
+
+def main() -> None:
+    prepare(parse_flags(Arguments))
+
+
+if __name__ == "__main__":
+    run(main)

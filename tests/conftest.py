@@ -1,0 +1,129 @@
+"""Fixtures: tiny prepared data, a tiny trained run, and scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# A model that trains in seconds, as flags of train.py.
+TINY = (
+    "--vocab_size 512 --context_length 64 --n_layer 2 --n_head 2 --n_embd 32 --dropout 0.1 "
+    "--batch_size 4 --gradient_accumulation_steps 2 --warmup_steps 4 --max_steps 20 "
+    "--learning_rate 0.003 --min_lr 0.0003 --eval_interval 10 --eval_iters 4 --save_interval 5 "
+    "--device cpu"
+).split()
+
+
+def _run_main(script: str, flags: list[str], output: str, environment: dict, cwd: str) -> None:
+    """Body of the forked child: a fresh `python script.py flags` but for the imports."""
+    os.chdir(cwd)
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)  # bit-identical runs, and no contest for two cores
+    sys.argv = [script, *flags]
+    import importlib
+
+    import cli
+
+    cli.run(importlib.import_module(script.removesuffix(".py")).main)
+
+
+class Scripts:
+    """Runs scripts in children of a server that has torch imported already: 20 times faster."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload(["train", "evaluate", "generate", "prepare_data"])
+
+    def start(self, script: str, *flags, cwd: Path = ROOT, **environment):
+        self.count += 1
+        output = self.folder / f"{self.count}.txt"
+        flags = [str(flag) for flag in flags]
+        process = self.context.Process(
+            target=_run_main, args=(script, flags, str(output), environment, str(cwd))
+        )
+        process.start()
+        process.output = output
+        return process
+
+    def __call__(self, script: str, *flags, timeout: float = 120, **keywords):
+        process = self.start(script, *flags, **keywords)
+        process.join(timeout)
+        hung = process.is_alive()
+        if hung:
+            process.kill()
+            process.join()
+        output = process.output.read_text(encoding="utf-8", errors="replace")
+        assert not hung, f"{script} {flags} did not end in {timeout} s:\n{output}"
+        return SimpleNamespace(code=process.exitcode, output=output)
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """script("train.py", *flags) -> .code and .output (both streams)."""
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}"  # for the fork server's imports
+    return Scripts(tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture
+def fails(script):
+    """fails("train.py", *flags, says="...") asserts one sentence, a status, and no traceback."""
+
+    def check(name: str, *flags, says: str, **keywords):
+        result = script(name, *flags, **keywords)
+        assert result.code not in (0, None), result.output
+        assert "Traceback" not in result.output, result.output
+        errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result.output
+        assert says in errors[0], errors[0]
+
+    return check
+
+
+def python(*arguments, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
+    """`python ...` in the repo, exactly as typed in a shell."""
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    keywords = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout} | keywords
+    return subprocess.run(command, **keywords)
+
+
+@pytest.fixture(scope="session")
+def data_dir(script, tmp_path_factory) -> Path:
+    """The built-in stories in a vocabulary of 512."""
+    folder = tmp_path_factory.mktemp("data")
+    flags = ("--dataset", "sample", "--vocab_size", 512, "--data_dir", folder, "--num_proc", 2)
+    result = script("prepare_data.py", *flags)
+    assert result.code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(script, data_dir, tmp_path_factory) -> Path:
+    """The checkpoint folder of a finished tiny run."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    result = script("train.py", *TINY, "--data_dir", data_dir, "--checkpoint_dir", folder)
+    assert result.code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinystories() -> Path:
+    """A folder of real TinyStories, which the repo does not carry."""
+    folder = os.environ.get("TINYSTORIES_DIR")
+    if not folder:
+        pytest.skip("TINYSTORIES_DIR names no folder with TinyStories")
+    return Path(folder)

@@ -1,0 +1,47 @@
+"""The README's way, typed as in a shell: stories, tokens, a model, a score, a new story."""
+
+import re
+
+from conftest import TINY, python
+
+
+def test_from_text_to_story(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "checkpoints"
+    folder = ("--data_dir", data)
+    flags = ("--dataset", "sample", "--vocab_size", 512, *folder)
+    result = python("prepare_data.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"19,800 stories.*tokens\n.*200 stories", result.stdout)
+    assert re.search(r"bytes a token, \d+ distinct ids of 512", result.stdout)
+
+    result = python("train.py", *TINY, *folder, "--checkpoint_dir", run)
+    assert result.returncode == 0, result.stderr
+    assert "loss_plot.png" in result.stdout
+
+    result = python("evaluate.py", *folder, "--checkpoint", run / "StoryGPT_best.pt")
+    assert result.returncode == 0, result.stderr
+    assert "bits per byte" in result.stdout
+
+    flags = ("--checkpoint", run / "StoryGPT_best.pt", "--prompt", "Once upon a time")
+    result = python("generate.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Once upon a time")
+
+
+def test_one_step_of_the_57m_model_on_real_stories(tinystories, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "checkpoints"
+    folder = ("--data_dir", data)
+    assert python("prepare_data.py", "--dataset", tinystories, *folder).returncode == 0
+    # The reference's shape and recipe; only the batch and the evaluation are small.
+    flags = "--max_steps 1 --warmup_steps 0 --batch_size 2 --eval_iters 1 --device cpu"
+    result = python("train.py", *flags.split(), *folder, "--checkpoint_dir", run)
+    assert result.returncode == 0, result.stderr
+    assert "57,387,520 parameters" in result.stdout
+
+
+def test_help_is_quick_to_have_and_complete():
+    for name in ("prepare_data", "train", "evaluate", "generate"):
+        result = python(f"{name}.py", "--help")
+        assert result.returncode == 0 and "--seed" in result.stdout, result.stderr
+    result = python("-X", "importtime", "generate.py", "--help")
+    assert " torch" not in result.stderr

@@ -1,0 +1,71 @@
+import re
+
+from checkpoint import load_model
+from generate import TextStream
+from tokenizer import load_tokenizer
+
+
+def told(result) -> str:
+    assert result.code == 0, result.output
+    return re.sub(r"\n\d+ tokens in .*\n", "", result.output)
+
+
+def test_characters_that_span_tokens_come_out_whole():
+    tokenizer = load_tokenizer(300)
+    text = "naïve 👩‍👩‍👧‍👦 日本!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.text([token]) for token in tokenizer.encode_ordinary(text)]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert stream.text([tokenizer.encode_ordinary("é")[0]]) == ""  # half a character waits
+    assert stream.text([], final=True) == "\ufffd"
+
+
+def test_same_seed_same_story_and_it_is_the_models(script, run_dir):
+    checkpoint = run_dir / "StoryGPT_best.pt"
+    flags = ("--checkpoint", checkpoint, "--max_new_tokens", 40, "--prompt", "One day,")
+    first, again, other = (told(script("generate.py", *flags, "--seed", s)) for s in (5, 5, 6))
+    assert first == again != other
+    assert first.startswith("One day,")
+    import torch
+
+    model, _ = load_model(checkpoint)
+    tokenizer = load_tokenizer(512)
+    torch.manual_seed(5)
+    idx = torch.tensor([tokenizer.encode_ordinary("One day,")])
+    ids = model.generate(idx, 40, temperature=0.8, top_k=100)[0].tolist()
+    assert first.rstrip("\n") == tokenizer.decode(ids).split("<|endoftext|>")[0].rstrip("\n")
+
+
+def test_several_samples_in_one_batch(script, run_dir):
+    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--max_new_tokens", 20)
+    stories = told(script("generate.py", *flags, "--num_samples", 3)).split("-" * 40)
+    assert len(stories) == 3
+    assert all(story.strip().startswith("Once upon a time") for story in stories)
+    assert len({story.strip() for story in stories}) == 3
+
+
+def test_prompt_over_the_context_is_cut_from_the_left_and_says_so(script, run_dir):
+    prompt = "dog " * 200 + "The end of it"
+    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--max_new_tokens", 5)
+    result = script("generate.py", *flags, "--prompt", prompt)
+    assert "more than the model's context of 64: only its last 64 are read" in result.output
+    assert "The end of it" in told(result)
+
+
+def test_empty_prompt_and_greedy(script, run_dir):
+    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--prompt", "", "--temperature", 0)
+    results = [told(script("generate.py", *flags, "--seed", seed)) for seed in (1, 2)]
+    assert results[0] == results[1] and results[0].strip()
+
+
+def test_mistakes_are_named(fails, run_dir, tmp_path):
+    best = ("--checkpoint", run_dir / "StoryGPT_best.pt")
+    for flags, says in (
+        (("--checkpoint", tmp_path / "none.pt"), "there is no checkpoint"),
+        ((*best, "--temperature", -1), "temperature must be at least 0"),
+        ((*best, "--top_k", 0), "top_k must be at least 1"),
+        ((*best, "--top_p", 2), "top_p must be above 0"),
+        ((*best, "--num_samples", 0), "num_samples must be at least 1"),
+        ((*best, "--device", "cuda:99"), "there is no device"),
+    ):
+        fails("generate.py", *flags, says=says)

@@ -1,0 +1,315 @@
+"""The model against independent references: transformers' GPT-2, float64, and plain loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICES
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import model as model_module
+from config import GPTConfig, InputError
+from model import GPT, linear_cross_entropy, masked_softmax_attention, sample
+
+SMALL = GPTConfig(vocab_size=301, context_length=32, n_layer=3, n_head=4, n_embd=48, dropout=0.0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def small_gpt(device="cpu", **changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**(vars(SMALL) | changes))).to(device).eval()
+    with torch.no_grad():  # sharper than at the start, so that sampling has something to choose
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def as_transformers(model: GPT) -> GPT2LMHeadModel:
+    c = model.config
+    config = GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.context_length,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    state = {}
+    for name, weight in model.state_dict().items():
+        transpose = name.endswith("weight") and (".c_" in name)  # theirs are Conv1D
+        name = name if name.startswith("lm_head") else f"transformer.{name}"
+        state[name] = weight.T if transpose else weight
+    if not c.bias:
+        zeros = {n: torch.zeros_like(w) for n, w in theirs.state_dict().items() if "bias" in n}
+        state = zeros | state
+    theirs.load_state_dict(state)
+    return theirs.to(model.wte.weight.device)
+
+
+def ids(rows=2, length=32, device="cpu", seed=1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(SMALL.vocab_size, (rows, length), generator=generator).to(device)
+
+
+def test_parameter_count_of_the_reference():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.num_parameters() == 57_387_520
+    assert model.lm_head.weight is model.wte.weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_equal_transformers(bias, device):
+    model, x = small_gpt(device, bias=bias), ids(device=device)
+    with torch.no_grad():
+        logits, loss = model(x)
+        theirs = as_transformers(model)(x).logits
+    assert loss is None and logits.shape == (2, 32, 301)
+    assert (logits - theirs).abs().max() <= 1e-4
+    assert theirs.std() > 0.5  # so that the bound says something
+
+
+def test_loss_and_gradients_equal_transformers(device):
+    model, x = small_gpt(device), ids(device=device)
+    theirs = as_transformers(model)
+    _, loss = model(x[:, :-1], x[:, 1:])
+    loss.backward()
+    expected = theirs(x, labels=x).loss  # shifts the labels itself
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-5
+    for name, parameter in theirs.named_parameters():
+        ours = model.get_parameter(name.removeprefix("transformer."))
+        grad = parameter.grad.T if ".c_" in name and "weight" in name else parameter.grad
+        assert torch.allclose(ours.grad, grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_initialization_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            expected = 1.0 if "ln" in name and "weight" in name else 0.0
+            assert (parameter == expected).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02
+            assert abs(parameter.std().item() / std - 1) < 0.03, name
+            assert abs(parameter.mean().item()) < 0.1 * std, name
+
+
+def test_parameter_groups_decay_matrices_only():
+    model = small_gpt()
+    decayed, plain = model.parameter_groups(0.1)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in plain["params"]} == {
+        n for n in names.values() if "ln" in n or n.endswith("bias")
+    }
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_masked_softmax_attention_equals_sdpa(is_causal, device):
+    q, k, v = torch.randn(3, 2, 4, 16, 8, device=device, requires_grad=True).unbind()
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    assert torch.allclose(masked_softmax_attention(q, k, v, 0.0, is_causal), expected, atol=1e-5)
+
+
+def test_model_works_without_sdpa(monkeypatch):
+    model, x = small_gpt(), ids()
+    expected, _ = model(x)
+    monkeypatch.setattr(model_module, "attention", masked_softmax_attention)
+    assert torch.allclose(model(x)[0], expected, atol=1e-4)
+    torch.manual_seed(0)
+    dropped = masked_softmax_attention(*torch.ones(3, 1, 1, 64, 64).unbind(), dropout_p=0.5)
+    assert dropped.std() > 0.05  # without dropout all are 1
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 700])
+def test_linear_cross_entropy_equals_float64(rows, device):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 24, device=device, requires_grad=True)
+    weight = torch.randn(9001, 24, device=device, requires_grad=True)
+    targets = torch.randint(9001, (rows,), device=device)
+    loss = linear_cross_entropy(x, weight, targets)
+    (3 * loss).backward()
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy(x64 @ weight64.T, targets)
+    (3 * expected).backward()
+    assert abs(loss.item() / expected.item() - 1) < 1e-6
+    for grad, grad64 in ((x.grad, x64.grad), (weight.grad, weight64.grad)):
+        assert (grad - grad64).norm() / grad64.norm() < 1e-6
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, targets).item() == loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loss_is_close(dtype, device):
+    model, x = small_gpt(device), ids(device=device)
+    _, expected = model(x[:, :-1], x[:, 1:])
+    with torch.autocast(device, dtype):
+        _, loss = model(x[:, :-1], x[:, 1:])
+    loss.backward()
+    assert abs(loss.item() / expected.item() - 1) < 0.01
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_flash_model_on_cuda(dtype):
+    model, x = small_gpt("cuda"), ids(device="cuda")
+    _, expected = model(x[:, :-1], x[:, 1:])
+    compiled = torch.compile(model)
+    backend = torch.nn.attention.SDPBackend
+    kernels = [backend.FLASH_ATTENTION, *([backend.MATH] if dtype == torch.float32 else [])]
+    with torch.nn.attention.sdpa_kernel(kernels):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            _, loss = compiled(x[:, :-1], x[:, 1:])
+        loss.backward()
+    assert abs(loss.item() / expected.item() - 1) < 0.01
+
+
+def recompute(model: GPT, x: torch.Tensor, number: int, choose) -> torch.Tensor:
+    """The plain loop: the whole context through the model for every token."""
+    for _ in range(number):
+        x = torch.cat([x, choose(model(x)[0][:, -1])], dim=1)
+    return x
+
+
+SAMPLING = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 1.3, "top_p": 0.7},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@torch.no_grad()
+def test_cached_generation_equals_the_plain_loop(sampling, device):
+    model, x = small_gpt(device), ids(3, 5, device)
+    number = 32 - 5 + 1  # fills the context; the last token needs no room in it
+    generators = [torch.Generator(device).manual_seed(4) for _ in range(2)]
+    cached = model.generate(x, number, **sampling, generator=generators[0])
+    plain = recompute(
+        model, x, number, lambda logits: sample(logits, **sampling, generator=generators[1])
+    )
+    assert torch.equal(cached, plain)
+    assert len(cached[:, 5:].unique()) > 5
+
+
+@torch.no_grad()
+def test_past_the_context_the_last_half_is_read_again(device):
+    model, x = small_gpt(device), ids(2, 3, device)
+    told = model.generate(x, 100, temperature=0)
+    expected, window = x, x
+    for _ in range(100):
+        if window.size(1) > 32:
+            window = window[:, -16:]
+        token = model(window)[0][:, -1].argmax(-1, keepdim=True)
+        expected, window = (torch.cat([t, token], dim=1) for t in (expected, window))
+    assert torch.equal(told, expected)
+    long = ids(2, 50, device)  # of a prompt over the context, the last 32 tokens are read
+    assert torch.equal(
+        model.generate(long, 1, 0.0)[:, -1], model(long[:, -32:])[0][:, -1].argmax(-1)
+    )
+
+
+@torch.no_grad()
+def test_greedy_equals_transformers_generate(device):
+    model, x = small_gpt(device), ids(4, 6, device)
+    theirs = as_transformers(model)
+    mask = torch.ones_like(x)
+    expected = theirs.generate(
+        x, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=-1
+    )
+    assert torch.equal(model.generate(x, 20, temperature=0), expected)
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
+    number = 40_000
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**sampling):
+        drawn = sample(logits.expand(number, -1), generator=generator, **sampling)
+        return torch.bincount(drawn[:, 0], minlength=5) / number
+
+    for sampling, expected in (
+        ({}, logits[0].softmax(0)),
+        ({"temperature": 0.5}, (logits[0] / 0.5).softmax(0)),
+        ({"top_k": 2}, torch.cat([logits[0, :2].softmax(0), torch.zeros(3)])),
+        # probabilities .644 .237 .087 .032: the second is needed to reach 0.7, the third is not
+        ({"top_p": 0.7}, torch.cat([logits[0, :2].softmax(0), torch.zeros(3)])),
+        ({"top_p": 0.5}, torch.tensor([1.0, 0, 0, 0, 0])),
+        ({"top_k": 100}, logits[0].softmax(0)),
+    ):
+        assert (frequencies(**sampling) - expected).abs().max() < 0.012, sampling
+
+
+@torch.no_grad()
+def test_end_of_text_ends_rows_and_then_the_stream(device):
+    model, x = small_gpt(device), ids(4, 4, device)
+    free = model.generate(x, 28, temperature=0)[:, 4:]
+    end = free[0, 10].item()  # a token that some rows tell
+    stopped = model.generate(x, 28, temperature=0, end_of_text=end)[:, 4:]
+    longest = 0
+    for free_row, row in zip(free.tolist(), stopped.tolist(), strict=True):
+        first = free_row.index(end) if end in free_row else len(free_row) - 1
+        assert row[: first + 1] == free_row[: first + 1]
+        assert set(row[first + 1 :]) <= {end}
+        longest = max(longest, first + 1)
+    assert stopped.size(1) == longest
+
+
+def test_generation_leaves_training_mode_as_it_was():
+    model = small_gpt(dropout=0.5).train()
+    first = model.generate(ids(1, 4), 10, temperature=0)
+    assert model.training
+    assert torch.equal(first, model.generate(ids(1, 4), 10, temperature=0))  # no dropout within
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"temperature": -1}, "temperature must be at least 0, not -1"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
+    ],
+)
+def test_sampling_mistakes_are_named(arguments, says):
+    with pytest.raises(InputError, match=says):
+        small_gpt().generate(ids(1, 4), **({"max_new_tokens": 3} | arguments))
+
+
+def test_too_long_an_input_is_named():
+    with pytest.raises(InputError, match="33 tokens do not fit context_length 32"):
+        small_gpt()(ids(1, 33))
+
+
+def test_future_tokens_do_not_matter():
+    model, x = small_gpt(), ids(1, 32)
+    changed = x.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 301
+    before, after = model(x)[0], model(changed)[0]
+    assert torch.allclose(before[:, :20], after[:, :20], atol=1e-6)
+    assert (before[:, 20:] - after[:, 20:]).abs().max() > 0.1
+
+
+def test_flops_are_those_of_the_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig(vocab_size=512, context_length=64, n_layer=2, n_head=2, n_embd=64)
+    model = GPT(config)
+    x = torch.randint(512, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(x, x)[1].backward()
+    counted = counter.get_total_flops() / x.numel()
+    # Biases and norms are counted as weights, attention's backward is counted with recomputation.
+    assert model.flops_per_token() == pytest.approx(counted, rel=0.1)

@@ -1,0 +1,161 @@
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prepare_data import encode_stories
+from tokenizer import load_tokenizer
+
+STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
+STORIES[7] = "It said <|endoftext|> aloud. 👩‍👩‍👧‍👦"
+
+
+def naive(stories: list[str], vocab_size: int = 50257) -> list[int]:
+    tokenizer = load_tokenizer(vocab_size)
+    return [t for s in stories for t in [*tokenizer.encode_ordinary(s), vocab_size - 1]]
+
+
+def read(folder, split: str) -> list[int]:
+    return np.fromfile(folder / f"{split}.bin", dtype="<u2").tolist()
+
+
+def stories_of(ids: list[int], vocab_size: int = 50257) -> list[str]:
+    text = load_tokenizer(vocab_size).decode(ids).split("<|endoftext|>")
+    assert text.pop() == ""
+    return text
+
+
+def write(folder, kind: str, stories: list[str]):
+    path = folder / f"stories.{kind}"
+    if kind == "txt":
+        path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": s}) + "\n" for s in stories))
+    elif kind == "csv":
+        rows = "".join('"{}"\n'.format(s.replace('"', '""')) for s in stories)
+        path.write_text("text\n" + rows, encoding="utf-8")
+    else:
+        pq.write_table(pa.table({"text": stories, "title": stories}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_every_file_type_holds_out_a_share_and_loses_nothing(kind, script, tmp_path):
+    path = write(tmp_path, kind, STORIES)
+    flags = ("--dataset", path, "--data_dir", tmp_path / "out", "--validation_fraction", 0.1)
+    result = script("prepare_data.py", *flags, "--num_proc", 2)
+    assert result.code == 0, result.output
+    train, validation = read(tmp_path / "out", "train"), read(tmp_path / "out", "validation")
+    held_out = stories_of(validation)
+    expected = [s for s in STORIES if s not in held_out]
+    assert len(held_out) == 30 and "<|endoftext|>" not in "".join(held_out[:1])
+    assert train == naive(expected)
+    assert sorted(expected + held_out) == sorted(STORIES)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["splits"]["train"]["tokens"] == len(train)
+    assert meta["splits"]["train"]["stories"] == 270
+    assert meta["splits"]["validation"]["bytes"] == sum(len(s.encode()) for s in held_out)
+    assert (meta["vocab_size"], meta["end_of_text"]) == (50257, 50256)
+
+
+def test_splits_are_taken_as_found_and_empty_stories_counted(script, tmp_path):
+    data = tmp_path / "set" / "data"
+    data.mkdir(parents=True)
+    train, validation = ["A.", "", None, "  \n ", "B."], ["C."]
+    pq.write_table(pa.table({"story": train[:3]}), data / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"story": train[3:]}), data / "train-00001-of-00002.parquet")
+    pq.write_table(pa.table({"story": validation}), data / "validation-00000-of-00001.parquet")
+    flags = ("--dataset", tmp_path / "set", "--data_dir", tmp_path / "out", "--vocab_size", 300)
+    result = script("prepare_data.py", *flags, "--text_column", "story")
+    assert result.code == 0, result.output
+    assert read(tmp_path / "out", "train") == naive(["A.", "B."], 300)
+    assert read(tmp_path / "out", "validation") == naive(["C."], 300)
+    assert "3 empty stories skipped" in result.output
+
+
+def test_a_folder_of_text_files_has_tinystories_layout(script, tmp_path):
+    folder = tmp_path / "txt"
+    folder.mkdir()
+    (folder / "TinyStories-train.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
+    (folder / "TinyStories-valid.txt").write_text("Three.\n<|endoftext|>\n")
+    result = script("prepare_data.py", "--dataset", folder, "--data_dir", tmp_path / "out")
+    assert result.code == 0, result.output
+    assert read(tmp_path / "out", "train") == naive(["One.", "Two."])
+    assert read(tmp_path / "out", "validation") == naive(["Three."])
+
+
+def test_output_does_not_depend_on_the_number_of_processes(script, tmp_path):
+    files = []
+    for num_proc in (1, 3):
+        out = tmp_path / str(num_proc)
+        flags = ("--dataset", "sample", "--vocab_size", 512, "--num_proc", num_proc)
+        assert script("prepare_data.py", *flags, "--data_dir", out).code == 0
+        files.append([(out / n).read_bytes() for n in ("train.bin", "validation.bin", "meta.json")])
+    assert files[0] == files[1]
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character():
+    ids, count, num_bytes = encode_stories(["a \ud800 b"], 50257)
+    assert load_tokenizer().decode(ids[:-1].tolist()) == "a \ufffd b"
+    assert (count, num_bytes) == (1, len("a \ufffd b".encode()))
+
+
+def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    old = {"train.bin": b"old", "validation.bin": b"old", "meta.json": b"old"}
+    for name, content in old.items():
+        (out / name).write_bytes(content)
+    table = write(tmp_path, "parquet", STORIES)
+    (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n\n")
+    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
+    (tmp_path / "notes.doc").write_text("hm")
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    for flags, says, environment in (
+        (["--dataset", table, "--text_column", "body"], "has no column 'body'", {}),
+        (["--dataset", tmp_path / "empty.txt"], "has no stories for the train split", {}),
+        (["--dataset", tmp_path / "latin.txt"], "is not UTF-8", {}),
+        (["--dataset", tmp_path / "broken.jsonl"], "cannot", {}),
+        (["--dataset", tmp_path / "broken.parquet"], "cannot", {}),
+        (["--dataset", tmp_path / "notes.doc"], "is of no kind this script reads", {}),
+        (["--dataset", tmp_path / "missing.txt"], "there is no file or folder", {}),
+        (["--dataset", "no such name"], "neither a file, a folder nor", closed),
+        ([], "--dataset sample", closed),
+        (["--vocab_size", 70_000], "pass --vocab_size with 257 to 50257", {}),
+        (["--dataset", "sample", "--validation_fraction", 1], "not between 0 and 1", {}),
+        (["--dataset", "sample", "--num_proc", 0], "num_proc 0 is below 1", {}),
+    ):
+        fails("prepare_data.py", *flags, "--data_dir", out, says=says, **environment)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == old, flags
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_the_old_files(number, script, tmp_path):
+    (tmp_path / "meta.json").write_text("old")
+    process = script.start("prepare_data.py", "--dataset", "sample", "--data_dir", tmp_path)
+    while not list(tmp_path.glob(".prepare-*/train.bin")):
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 128 + number
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("meta.json", "old")]
+    assert "Traceback" not in process.output.read_text()
+
+
+def test_real_tinystories(script, tinystories, tmp_path):
+    result = script("prepare_data.py", "--dataset", tinystories, "--data_dir", tmp_path)
+    assert result.code == 0, result.output
+    for split, number in (("train", 3_428_647), ("validation", 117_926)):
+        files = sorted((tinystories / "data").glob(f"{split}-*.parquet"))
+        stories = [s for f in files for s in pq.read_table(f)["text"].to_pylist()]
+        expected = np.array(naive(stories), "<u2")
+        assert len(expected) == number
+        assert (tmp_path / f"{split}.bin").read_bytes() == expected.tobytes()
