@@ -48,6 +48,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes say the same
+            sys.exit(1)
         sys.exit(f"error: {error}")
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) has left

@@ -106,8 +106,8 @@ class TrainingConfig:
     """AdamW's decay of the squared gradient."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    story_windows: bool = False
-    """Start every training window where a story starts, instead of anywhere."""
+    story_windows: float = 0.0
+    """Share of the training windows that start where a story starts; the others start anywhere."""
     eval_interval: int = 500
     """Steps between evaluations (the last step is always evaluated)."""
     eval_iters: int = 100
@@ -132,6 +132,7 @@ class TrainingConfig:
             "beta1 beta2",
         )
         _require_choices(self)
+        _require(0 <= self.story_windows <= 1, "story_windows must be between 0 and 1")
         for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             valid = type(value) in (int, float) and 0 <= value < float("inf")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,33 +76,37 @@ def windows(
     return rows[:, :-1], rows[:, 1:]
 
 
-def training_starts(
-    tokens: np.ndarray, context_length: int, end_of_text: int | None = None
-) -> Sequence[int]:
-    """Where training windows may start: anywhere, or given `end_of_text`, where a story does."""
-    anywhere = range(len(tokens) - context_length)
-    if end_of_text is None:
-        return anywhere
-    starts = np.concatenate(([0], np.flatnonzero(tokens == end_of_text) + 1))
-    return starts[starts < len(anywhere)]
+def story_starts(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
+    """Where stories start: at their first token, and at the end-of-text before it.
+
+    Prompts come with and without one.
+    """
+    ends = np.flatnonzero(tokens == end_of_text)
+    return np.concatenate(([0], ends, ends + 1))
 
 
 def training_batch(
     tokens: np.ndarray,
-    starts: Sequence[int],
     seed: int,
     step: int,
     positions: range,
     context_length: int,
+    stories: np.ndarray | None = None,
+    story_windows: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows at `positions` of the global batch of `step`: (len(positions), context_length).
 
-    They start at random `starts`. A pure function: resuming needs no sampler state, and N
-    processes that each ask for their own positions draw together what one process would.
+    A share `story_windows` of them starts at one of `stories`, the others anywhere. A pure
+    function: resuming needs no sampler state, and N processes that each ask for their own
+    positions draw together what one process would.
     """
-    draws = np.random.default_rng([seed, step]).integers(len(starts), size=positions.stop)
-    offsets = np.array([starts[i] for i in draws[positions.start :]])
-    return windows(tokens, offsets, context_length)
+    draws = np.random.default_rng([seed, step]).random((positions.stop, 2))[positions.start :]
+    last = len(tokens) - context_length - 1
+    starts = (draws[:, 0] * (last + 1)).astype(int)
+    if story_windows:
+        of_stories = stories[(draws[:, 0] * len(stories)).astype(int)]
+        starts = np.where(draws[:, 1] < story_windows, np.minimum(of_stories, last), starts)
+    return windows(tokens, starts, context_length)
 
 
 def validation_starts(tokens: np.ndarray, context_length: int, most: int) -> np.ndarray:

@@ -8,13 +8,14 @@ import random
 import re
 from collections.abc import Iterator
 
+# Names that a small vocabulary can tell apart by their first token.
 GIRLS = [
-    "Lily", "Mia", "Anna", "Sara", "Zoe", "Amy", "Kate", "Jane", "Mary", "Sue", "Sally", "Beth",
-    "Nina", "Tess", "Meg", "Jill", "Tina",
+    "Lily", "Mia", "Anna", "Zoe", "Amy", "Kate", "Sara", "Beth", "Nina", "Jane", "Iris", "Fern",
+    "Clara", "Grace", "Cara", "Una", "Alice",
 ]
 BOYS = [
-    "Tom", "Ben", "Sam", "Jack", "Finn", "Adam", "Dan", "Joe", "Bob", "Fred", "Paul", "Nick",
-    "David", "John", "Tim", "Peter", "George",
+    "Tom", "Ben", "Sam", "Jack", "Adam", "David", "John", "Paul", "George", "Dan", "Peter",
+    "Mark", "James", "Frank", "Stan", "Hank", "Walt",
 ]
 HEROES = frozenset(GIRLS + BOYS)
 
@@ -78,8 +79,8 @@ THINGS = {
 
 # Symbols are drawn once per story, so that a place or a helper stays the same throughout.
 SYMBOLS = {
-    "friend": ["Max", "Leo", "Noah", "Eli", "Andy", "Gus", "Emma", "Ella", "Ruby", "Ada", "Lucy",
-               "Maya", "Ned", "Lola"],
+    "friend": ["Leo", "Noah", "Eli", "Andy", "Gus", "Emma", "Ruth", "Vic", "Quinn", "Rex",
+               "Sean", "Isa", "Ash"],
     "kin": ["Mom", "Dad", "Grandma", "Grandpa"],
     "animal": ["mouse", "rabbit", "frog", "owl", "fox", "bird", "turtle"],
     "climber": ["squirrel", "bird", "crow", "owl", "cat"],
@@ -434,7 +435,9 @@ def tell_story(rng: random.Random) -> str:
     words |= {"thing": thing, "use": use, "used": used, "look": look, "detail": details[thing]}
     words |= {"a_thing": with_article(f"{look} {thing}"), "a_kind": with_article(words["kind"])}
     words |= {symbol.capitalize(): word[:1].upper() + word[1:] for symbol, word in words.items()}
-    return " ".join(expand(rng.choice(ways), words, rng) for ways in BEATS[plot])
+    story = " ".join(expand(rng.choice(ways), words, rng) for ways in BEATS[plot])
+    # Elsewhere a space comes before the name, and byte-level BPE has other tokens without it.
+    return f"Little {story}" if story.startswith(words["hero"]) else story
 
 
 def sample_stories(num_stories: int, seed: int = 0) -> Iterator[str]:

@@ -41,8 +41,8 @@ from config import PRESETS, GPTConfig, InputError, TrainingConfig
 from dataset import (
     load_meta,
     load_tokens,
+    story_starts,
     training_batch,
-    training_starts,
     validation_starts,
     windows,
 )
@@ -265,7 +265,7 @@ def main() -> None:
             f"{gpt_config.vocab_size}: pass --vocab_size {meta['vocab_size']}, or prepare the data "
             f"with --vocab_size {gpt_config.vocab_size}"
         )
-    if resumed and resumed["data_sha256"] != meta["sha256"]:
+    if resumed and resumed.get("data_sha256") != meta["sha256"]:
         raise InputError(
             f"the data in {arguments.data_dir} is not what the run in {directory} was trained on: "
             "pass its --data_dir"
@@ -275,8 +275,7 @@ def main() -> None:
         load_tokens(arguments.data_dir, split, meta, context_length)
         for split in ("train", "validation")
     )
-    end_of_text = meta["end_of_text"] if config.story_windows else None
-    train_starts = training_starts(train_tokens, context_length, end_of_text)
+    stories = story_starts(train_tokens, meta["end_of_text"]) if config.story_windows else None
 
     # Model, optimizer, schedule
     torch.manual_seed(config.seed)
@@ -300,11 +299,20 @@ def main() -> None:
 
     step, val_loss, best_val_loss, skipped_steps = 0, math.inf, math.inf, 0
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer_state_dict"])
-        schedule.load_state_dict(resumed["scheduler_state_dict"])
-        scaler.load_state_dict(resumed["scaler_state_dict"])
-        step, val_loss = resumed["step"], resumed["val_loss"]
-        best_val_loss, skipped_steps = resumed["best_val_loss"], resumed["skipped_steps"]
+        try:
+            optimizer.load_state_dict(resumed["optimizer_state_dict"])
+            schedule.load_state_dict(resumed["scheduler_state_dict"])
+            scaler.load_state_dict(resumed["scaler_state_dict"])
+            step, val_loss = resumed["step"], resumed["val_loss"]
+            best_val_loss, skipped_steps = resumed["best_val_loss"], resumed["skipped_steps"]
+            for parameter, state in optimizer.state.items():
+                if any(t.dim() and t.shape != parameter.shape for t in state.values()):
+                    raise ValueError("shape")
+        except Exception as error:  # load_state_dict raises whatever a foreign state runs into
+            raise InputError(
+                f"{directory / LATEST} cannot be resumed: its optimizer state does not fit its "
+                "model; start without --resume in another --checkpoint_dir"
+            ) from error
         del resumed
 
     def weights() -> dict:
@@ -336,6 +344,8 @@ def main() -> None:
     metrics, metrics_path = [], directory / "metrics.jsonl"
     if master:
         directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".*.tmp"):  # of a process killed while it was saving
+            leftover.unlink()
         metrics = read_metrics(metrics_path, step)
         save_latest()  # a folder that cannot hold checkpoints fails now, not in an hour
         print(
@@ -356,103 +366,104 @@ def main() -> None:
 
     own_micro_batches = config.gradient_accumulation_steps // world_size
     peak = peak_flops(device) if dtype != torch.float32 else None
-    bar = progress_bar(total=config.max_steps, initial=step, unit="step", disable=not master)
     model.train()
     stop = False
-    while step < config.max_steps and not stop:
-        step += 1
-        start = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        for i in range(own_micro_batches):
-            micro_batch = rank * own_micro_batches + i
-            first = micro_batch * config.batch_size
-            x, y = training_batch(
-                train_tokens,
-                train_starts,
-                config.seed,
-                step,
-                range(first, first + config.batch_size),
-                context_length,
+    options = {"total": config.max_steps, "initial": step, "unit": "step"}
+    with progress_bar(**options, disable=not master) as bar:
+        while step < config.max_steps and not stop:
+            step += 1
+            start = time.perf_counter()
+            loss_sum = torch.zeros((), device=device)
+            for i in range(own_micro_batches):
+                micro_batch = rank * own_micro_batches + i
+                first = micro_batch * config.batch_size
+                x, y = training_batch(
+                    train_tokens,
+                    config.seed,
+                    step,
+                    range(first, first + config.batch_size),
+                    context_length,
+                    stories,
+                    config.story_windows,
+                )
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                if dist.is_initialized():  # gradients are summed over processes once a step
+                    wrapped.require_backward_grad_sync = i == own_micro_batches - 1
+                torch.manual_seed(dropout_seed(config.seed, step, micro_batch))
+                with precision:
+                    _, loss = wrapped(x, y)
+                scaler.scale(loss / own_micro_batches).backward()
+                loss_sum += loss.detach()
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            # The one host-device synchronization of a step.
+            report = torch.stack(
+                (loss_sum / own_micro_batches, grad_norm, torch.full_like(loss_sum, len(received)))
             )
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            if dist.is_initialized():  # gradients are summed over processes once a step
-                wrapped.require_backward_grad_sync = i == own_micro_batches - 1
-            torch.manual_seed(dropout_seed(config.seed, step, micro_batch))
-            with precision:
-                _, loss = wrapped(x, y)
-            scaler.scale(loss / own_micro_batches).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+            if dist.is_initialized():
+                dist.all_reduce(report)
+                report[:2] /= world_size
+            train_loss, grad_norm, stops = report.tolist()
+            stop = stops > 0  # all processes stop after the same step
+            learning_rate = schedule.get_last_lr()[0]
+            skipped = scaler.get_scale() < scale  # float16 overflowed: the optimizer did not step
+            if skipped:
+                skipped_steps += 1
+            else:
+                schedule.step()
+            # A healthy scale settles far above this; below it every step is being skipped.
+            collapsed = scaler.is_enabled() and scaler.get_scale() < 2**-14
+            finite = math.isfinite(train_loss) and (math.isfinite(grad_norm) or skipped)
+            if not finite or collapsed:
+                raise InputError(
+                    f"step {step} has a loss of {train_loss} and a gradient norm of {grad_norm}; "
+                    f"the last good checkpoint is {directory / LATEST}. Likely causes: too high a "
+                    f"--learning_rate ({config.learning_rate}), too few --warmup_steps "
+                    f"({config.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
+                )
 
-        # The one host-device synchronization of a step.
-        report = torch.stack(
-            (loss_sum / own_micro_batches, grad_norm, torch.full_like(loss_sum, len(received)))
-        )
-        if dist.is_initialized():
-            dist.all_reduce(report)
-            report[:2] /= world_size
-        train_loss, grad_norm, stops = report.tolist()
-        stop = stops > 0  # all processes stop after the same step
-        learning_rate = schedule.get_last_lr()[0]
-        skipped = scaler.get_scale() < scale  # float16 overflowed: the optimizer did not step
-        if skipped:
-            skipped_steps += 1
-        else:
-            schedule.step()
-        # A healthy scale settles far above this; below it every step is being skipped.
-        collapsed = scaler.is_enabled() and scaler.get_scale() < 2**-14
-        finite = math.isfinite(train_loss) and (math.isfinite(grad_norm) or skipped)
-        if not finite or collapsed:
-            raise InputError(
-                f"step {step} has a loss of {train_loss} and a gradient norm of {grad_norm}; the "
-                f"last good checkpoint is {directory / LATEST}. Likely causes: a --learning_rate "
-                f"({config.learning_rate}) too high, --warmup_steps ({config.warmup_steps}) too "
-                "few, or float16 (try --dtype bfloat16 or float32)"
-            )
+            seconds = time.perf_counter() - start
+            tokens_per_second = tokens_per_step / seconds
+            line = {
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "train_loss": train_loss,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": round(tokens_per_second, 1),
+            }
+            if scaler.is_enabled():
+                line["skipped_steps"] = skipped_steps
+            evaluated = step % config.eval_interval == 0 or step == config.max_steps
+            if evaluated:
+                val_loss = estimate_loss(compiled, val_tokens, config, context_length, precision)
+                line["val_loss"] = val_loss
+            if not master:
+                continue
 
-        seconds = time.perf_counter() - start
-        tokens_per_second = tokens_per_step / seconds
-        line = {
-            "step": step,
-            "tokens": step * tokens_per_step,
-            "train_loss": train_loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "tokens_per_second": round(tokens_per_second, 1),
-        }
-        if scaler.is_enabled():
-            line["skipped_steps"] = skipped_steps
-        evaluated = step % config.eval_interval == 0 or step == config.max_steps
-        if evaluated:
-            val_loss = estimate_loss(compiled, val_tokens, config, context_length, precision)
-            line["val_loss"] = val_loss
-        if not master:
-            continue
-
-        metrics.append(line)
-        with open(metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {"loss": f"{train_loss:.3f}", "tokens/s": f"{tokens_per_second:,.0f}"}
-        if peak:
-            flops = model.flops_per_token() * tokens_per_second
-            shown["MFU"] = f"{flops / (peak * world_size):.1%}"
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-        if evaluated:
-            bar.write(f"step {step:,}: train loss {train_loss:.4f}, val_loss {val_loss:.4f}")
-            bar.write(f"    {tell_sample(model, gpt_config.vocab_size, config.seed)}")
-            if val_loss < best_val_loss:
-                best_val_loss = val_loss
-                save_weights(BEST)
-            draw_loss_plot(metrics, directory / "loss_plot.png")
-        if evaluated or stop or step % config.save_interval == 0:
-            save_latest()
-    bar.close()
+            metrics.append(line)
+            with open(metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = {"loss": f"{train_loss:.3f}", "tokens/s": f"{tokens_per_second:,.0f}"}
+            if peak:
+                flops = model.flops_per_token() * tokens_per_second
+                shown["MFU"] = f"{flops / (peak * world_size):.1%}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if evaluated:
+                bar.write(f"step {step:,}: train loss {train_loss:.4f}, val_loss {val_loss:.4f}")
+                bar.write(f"    {tell_sample(model, gpt_config.vocab_size, config.seed)}")
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save_weights(BEST)
+                draw_loss_plot(metrics, directory / "loss_plot.png")
+            if evaluated or stop or step % config.save_interval == 0:
+                save_latest()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -46,7 +46,7 @@ class Scripts:
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "evaluate", "generate", "prepare_data"])
+        self.context.set_forkserver_preload(["preload"])
 
     def start(self, script: str, *flags, cwd: Path = ROOT, **environment):
         self.count += 1
@@ -75,7 +75,8 @@ class Scripts:
 def script(tmp_path_factory):
     """script("train.py", *flags) -> .code and .output (both streams)."""
     path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}"  # for the fork server's imports
+    # for the fork server's imports
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), path])
     return Scripts(tmp_path_factory.mktemp("output"))
 
 

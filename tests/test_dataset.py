@@ -9,15 +9,14 @@ from config import InputError
 from dataset import (
     load_meta,
     load_tokens,
+    story_starts,
     training_batch,
-    training_starts,
     validation_starts,
     windows,
 )
 from prepare_data import meta_checksum
 
 TOKENS = np.arange(1000, dtype="<u2")
-STARTS = training_starts(TOKENS, 16)
 
 
 def test_targets_are_the_next_tokens():
@@ -28,24 +27,31 @@ def test_targets_are_the_next_tokens():
 
 
 def test_batch_is_a_function_of_seed_step_and_position():
-    whole, _ = training_batch(TOKENS, STARTS, 7, 3, range(12), 16)
-    parts = [training_batch(TOKENS, STARTS, 7, 3, range(i, i + 4), 16)[0] for i in (8, 0, 4)]
+    whole, _ = training_batch(TOKENS, 7, 3, range(12), 16)
+    parts = [training_batch(TOKENS, 7, 3, range(i, i + 4), 16)[0] for i in (8, 0, 4)]
     assert torch.equal(whole, torch.cat([parts[1], parts[2], parts[0]]))
-    assert not torch.equal(whole, training_batch(TOKENS, STARTS, 7, 4, range(12), 16)[0])
-    assert not torch.equal(whole, training_batch(TOKENS, STARTS, 8, 3, range(12), 16)[0])
+    assert not torch.equal(whole, training_batch(TOKENS, 7, 4, range(12), 16)[0])
+    assert not torch.equal(whole, training_batch(TOKENS, 8, 3, range(12), 16)[0])
 
 
 def test_every_offset_is_drawn_about_equally_often():
     tokens = np.arange(20, dtype="<u2")
-    x, y = training_batch(tokens, training_starts(tokens, 4), 0, 0, range(16_000), 4)
+    x, y = training_batch(tokens, 0, 0, range(16_000), 4)
     counts = np.bincount(x[:, 0].numpy(), minlength=16)
     assert len(counts) == 16 and y.max() == 19  # the last window ends at the last token
     assert abs(counts - 1000).max() < 150  # nearly 5 standard deviations
 
 
-def test_story_windows_start_where_stories_start():
-    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 0, 1, 0], dtype="<u2")  # 0 ends a story
-    assert training_starts(tokens, 4, end_of_text=0).tolist() == [0, 3, 5]  # 8 has too few left
+def test_a_share_of_the_windows_starts_where_stories_start():
+    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 0, 1, 0] * 100, dtype="<u2")  # 0 ends a story
+    stories = story_starts(tokens, 0)
+    assert sorted(stories)[:7] == [0, 2, 3, 4, 5, 7, 8] and len(stories) == 801
+    for share in (0.0, 0.25, 1.0):
+        x, y = training_batch(tokens, 0, 0, range(8000), 4, stories, share)
+        assert x.shape == y.shape == (8000, 4)
+        # Of ten places, eight are starts of stories and two, the 6 and the 9, are not.
+        inside = ((x[:, 0] == 6) | (x[:, 0] == 9)).float().mean()
+        assert abs(inside - 0.2 * (1 - share)) < 0.02
 
 
 def test_validation_windows_are_spread_and_do_not_overlap():

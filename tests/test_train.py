@@ -12,7 +12,7 @@ from PIL import Image
 
 from checkpoint import load_checkpoint
 from config import GPTConfig, TrainingConfig
-from dataset import load_meta, load_tokens, training_batch, training_starts, validation_starts
+from dataset import load_meta, load_tokens, training_batch, validation_starts
 from model import GPT
 from train import build_optimizer, build_schedule, draw_loss_plot, estimate_loss
 
@@ -63,7 +63,7 @@ def test_reported_losses_are_those_of_a_plain_float64_loop(script, data_dir, tmp
     for line in metrics_of(tmp_path):
         step = line["step"]
         model.zero_grad()
-        x, y = training_batch(tokens, training_starts(tokens, 64), config.seed, step, range(8), 64)
+        x, y = training_batch(tokens, config.seed, step, range(8), 64)
         loss = loss_of(x, y)
         loss.backward()
         norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
@@ -126,7 +126,7 @@ def test_plot_of_a_run_without_evaluations_is_left_out(tmp_path):
 
 
 def test_story_windows_train(script, data_dir, tmp_path):
-    flags = ["--data_dir", data_dir, "--checkpoint_dir", tmp_path, "--story_windows", "True"]
+    flags = ["--data_dir", data_dir, "--checkpoint_dir", tmp_path, "--story_windows", "0.5"]
     result = script("train.py", *TINY, *flags)
     assert result.code == 0, result.output
     assert metrics_of(tmp_path)[-1]["val_loss"] < 6

@@ -1,0 +1,258 @@
+"""A run that is interrupted, killed or restarted is the run that was left alone."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import TINY
+
+from checkpoint import load_checkpoint, save_checkpoint
+
+# Long enough to be interrupted anywhere, with evaluations and saves all along.
+LONG = [*TINY, "--max_steps", "120", "--eval_interval", "40", "--save_interval", "3"]
+
+
+def flags_of(data_dir, folder, base=LONG) -> list:
+    return [*base, "--data_dir", data_dir, "--checkpoint_dir", folder]
+
+
+def metrics_of(folder) -> list[dict]:
+    """The metrics but for the speed, which no two runs share."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+def flat(value, path="") -> dict:
+    """{path: leaf} of a nested state."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in flat(part, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def assert_same_run(folder, reference) -> None:
+    """Weights, optimizer, schedule and metrics, bit for bit."""
+    for name in ("latest", "final", "best"):
+        ours, theirs = (
+            flat(load_checkpoint(f / f"StoryGPT_{name}.pt")) for f in (folder, reference)
+        )
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            same = torch.equal(ours[key], value) if torch.is_tensor(value) else ours[key] == value
+            assert same, f"{name}{key}"
+    assert metrics_of(folder) == metrics_of(reference)
+    assert (folder / "loss_plot.png").read_bytes() == (reference / "loss_plot.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(script, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = script("train.py", *flags_of(data_dir, folder))
+    assert result.code == 0, result.output
+    return folder
+
+
+def wait_for_step(process, folder, step: int) -> None:
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stops", [(30,), (5, 39, 41, 77, 110)])
+def test_interrupted_run_is_bit_identical(stops, script, data_dir, undisturbed, tmp_path):
+    for number, step in enumerate(stops):
+        resume = ["--resume"] if number else []
+        process = script.start("train.py", *flags_of(data_dir, tmp_path), *resume)
+        wait_for_step(process, tmp_path, step)
+        os.kill(process.pid, [signal.SIGINT, signal.SIGTERM][number % 2])
+        process.join(60)
+        assert process.exitcode == [130, 143][number % 2]
+        output = process.output.read_text()
+        command = f"python train.py --resume --data_dir {data_dir} --checkpoint_dir {tmp_path}"
+        assert command in output and "Traceback" not in output
+        last = load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"]
+        assert step <= last == metrics_of(tmp_path)[-1]["step"] < 120
+    # As printed: the other flags come from the checkpoint.
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path)
+    assert result.code == 0, result.output
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_second_signal_leaves_at_once(script, data_dir, tmp_path):
+    flags = [*flags_of(data_dir, tmp_path), "--batch_size", "2000"]  # steps of several seconds
+    process = script.start("train.py", *flags)
+    wait_for_step(process, tmp_path, 0)
+    while "0%" not in process.output.read_text():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(2)
+    assert process.exitcode == -signal.SIGINT
+    assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"] == 0
+
+
+def test_killed_20_times_and_still_bit_identical(script, data_dir, undisturbed, tmp_path):
+    """SIGKILL at seeded random moments, every third time in the middle of a save."""
+    rng = random.Random(0)
+    kills = saves = 0
+    started = time.monotonic()
+    while kills < 20:
+        resume = ["--resume"] if (tmp_path / "StoryGPT_latest.pt").exists() else []
+        process = script.start("train.py", *flags_of(data_dir, tmp_path), *resume)
+        first = load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"] if resume else 0
+        if kills == 0:
+            time.sleep(rng.uniform(0, 0.5))  # perhaps before anything is there
+        else:  # some way into the steps that this life adds, about a fifth of a save interval on
+            wait_for_step(process, tmp_path, min(119, first + rng.randint(1, 6)))
+        if kills % 3 == 2:
+            deadline = time.monotonic() + 5
+            while not list(tmp_path.glob(".*.tmp")) and time.monotonic() < deadline:
+                pass
+            saves += bool(list(tmp_path.glob(".*.tmp")))
+        else:
+            time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, process.output.read_text()
+        kills += 1
+        if (tmp_path / "StoryGPT_latest.pt").exists():  # readable, and at most 3 steps are lost
+            kept = load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"]
+            reached = (tmp_path / "metrics.jsonl").read_bytes().count(b"\n")
+            assert reached - 4 <= kept
+    result = script("train.py", *flags_of(data_dir, tmp_path), "--resume")
+    assert result.code == 0, result.output
+    assert_same_run(tmp_path, undisturbed)
+    assert saves >= 3
+    assert not list(tmp_path.glob(".*.tmp"))
+    print(f"{kills} kills, {saves} of them in a save, {time.monotonic() - started:.0f} s")
+
+
+def test_resuming_a_finished_run_changes_nothing(script, data_dir, run_dir):
+    before = {path.name: path.read_bytes() for path in run_dir.glob("*.jsonl")}
+    weights = flat(load_checkpoint(run_dir / "StoryGPT_final.pt"))
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", run_dir)
+    assert result.code == 0, result.output
+    assert {path.name: path.read_bytes() for path in run_dir.glob("*.jsonl")} == before
+    for key, value in flat(load_checkpoint(run_dir / "StoryGPT_final.pt")).items():
+        same = torch.equal(value, weights[key]) if torch.is_tensor(value) else value == weights[key]
+        assert same, key
+
+
+def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp_path):
+    flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", run_dir]
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    says = "learning_rate was 0.003 and is now 0.001; seed was 1337 and is now 7"
+    fails("train.py", *flags, "--seed", 7, "--learning_rate", 0.001, says=says)
+    fails("train.py", *flags, "--n_layer", 3, says="n_layer was 2 and is now 3")
+    fails("train.py", *flags, "--preset", "demo", says="vocab_size was 512 and is now 4096")
+    other = tmp_path / "other"
+    made = script("prepare_data.py", "--dataset", "sample", "--seed", 1, "--vocab_size", 512,
+                  "--data_dir", other)  # fmt: skip
+    assert made.code == 0
+    flags[2] = other
+    fails("train.py", *flags, says="is not what the run in")
+    fails("train.py", "--resume", "--checkpoint_dir", tmp_path / "none", says="nothing to resume")
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_foreign_optimizer_state_is_refused(fails, data_dir, run_dir, tmp_path):
+    latest = load_checkpoint(run_dir / "StoryGPT_latest.pt")
+    flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path]
+    state = latest["optimizer_state_dict"]
+    for changed in (
+        {k: v for k, v in latest.items() if k != "optimizer_state_dict"},
+        latest | {"optimizer_state_dict": {"state": {}, "param_groups": []}},
+        latest | {"optimizer_state_dict": state | {"state": {
+            k: v | {"exp_avg": torch.zeros(3)} for k, v in state["state"].items()
+        }}},
+        latest | {"scaler_state_dict": None, "scheduler_state_dict": 3},
+    ):  # fmt: skip
+        save_checkpoint(tmp_path / "StoryGPT_latest.pt", changed)
+        fails("train.py", *flags, says="cannot be resumed")
+
+
+def test_divergence_ends_the_run_and_names_the_last_good_checkpoint(script, data_dir, tmp_path):
+    flags = [*flags_of(data_dir, tmp_path), "--learning_rate", "1e18", "--grad_clip", "0"]
+    result = script("train.py", *flags)
+    assert result.code == 1 and "Traceback" not in result.output
+    error = re.search(r"^error: step (\d+) has a loss of .*$", result.output, re.M)
+    assert "StoryGPT_latest.pt" in error[0] and "--learning_rate" in error[0]
+    kept = load_checkpoint(tmp_path / "StoryGPT_latest.pt")
+    assert kept["step"] < int(error[1])
+    assert all(torch.isfinite(w).all() for w in kept["model_state_dict"].values())
+
+
+def test_float16_skips_overflowing_steps_without_moving_the_schedule(script, data_dir, tmp_path):
+    flags = [*flags_of(data_dir, tmp_path), "--dtype", "float16", "--max_steps", "12"]
+    result = script("train.py", *flags)
+    assert result.code == 0, result.output
+    lines = metrics_of(tmp_path)
+    skipped = [line["skipped_steps"] for line in lines]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    rates = [line["learning_rate"] for line in lines]
+    for before, after, rate, next_rate in zip(
+        [0, *skipped], skipped, rates, rates[1:], strict=False
+    ):
+        assert (rate == next_rate) == (after > before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own with 4 MiB of room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no permission to mount a small file system (RLIMIT_FSIZE is tested anyway)")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(fails, script, data_dir, small_disk):
+    process = script.start("train.py", *flags_of(data_dir, small_disk))
+    wait_for_step(process, small_disk, 20)
+    with open(small_disk / "filler", "wb") as file:
+        while True:
+            try:
+                file.write(b"x" * 4096)
+                file.flush()
+            except OSError:
+                break
+    process.join(60)
+    output = process.output.read_text()
+    assert process.exitcode == 1 and "Traceback" not in output
+    assert re.search(
+        r"^error: .* cannot be written \(.*and the one before it is kept|No space left on device",
+        output,
+        re.M,
+    ), output
+    kept = load_checkpoint(small_disk / "StoryGPT_latest.pt")["step"]
+    assert kept >= 15
+    assert not list(small_disk.glob(".*.tmp"))
+    (small_disk / "filler").unlink()
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", small_disk)
+    assert result.code == 0, result.output
+    assert [line["step"] for line in metrics_of(small_disk)] == list(range(1, 121))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_step(fails, data_dir, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    flags = flags_of(data_dir, tmp_path / "file")
+    fails("train.py", *flags, says=str(tmp_path / "file"))
+    fails("train.py", *flags_of(data_dir, "/proc/checkpoints"), says="/proc/checkpoints")
