@@ -30,7 +30,6 @@ THINGS = {
     "drum": ("bang", "banged", "red|blue|big|little"),
     "bell": ("ring", "rang", "gold|silver|shiny|little"),
     "flute": ("play", "played", "silver|green|little"),
-    "horn": ("blow", "blew", "gold|red|shiny"),
     "hat": ("wear", "wore", "red|blue|green|tall|soft"),
     "scarf": ("wear", "wore", "red|blue|green|long|soft"),
     "coat": ("wear", "wore", "red|blue|green|warm"),
@@ -39,17 +38,12 @@ THINGS = {
     "blanket": ("sleep under", "slept under", "red|blue|yellow|soft"),
     "book": ("read", "read", "red|blue|big|old"),
     "doll": ("hug", "hugged", "little|pretty|soft"),
-    "bear": ("hug", "hugged", "soft brown|soft white|little toy|big toy"),
     "robot": ("play with", "played with", "silver|red|little|funny"),
-    "puppet": ("play with", "played with", "funny|green|little"),
     "train": ("push", "pushed", "red|blue|green|long"),
-    "truck": ("push", "pushed", "red|blue|yellow|big"),
     "wagon": ("pull", "pulled", "red|blue|green|little"),
     "sled": ("ride", "rode", "red|blue|green|fast"),
     "bike": ("ride", "rode", "red|blue|green|shiny"),
-    "balloon": ("hold", "held", "red|blue|yellow|big"),
     "lamp": ("light", "lit", "little|green|yellow|old"),
-    "cup": ("drink from", "drank from", "blue|white|pretty"),
     "pot": ("look at", "looked at", "blue|white|pretty|old"),
     "clock": ("look at", "looked at", "old|gold|white|pretty"),
     "purse": ("carry", "carried", "red|brown|little"),
@@ -72,7 +66,6 @@ THINGS = {
     "pie": ("bake", "baked", "big|round|sweet"),
     "soup": ("cook", "cooked", "big bowl of|warm bowl of"),
     "kitten": ("pet", "petted", "little white|little black|tiny gray"),
-    "puppy": ("pet", "petted", "little white|little brown|tiny black"),
     "lamb": ("pet", "petted", "little white|little black|tiny white"),
     "duck": ("pet", "petted", "little white|little brown|tiny yellow"),
 }
@@ -120,7 +113,7 @@ def plain(things: str) -> dict[str, str]:
 # Each plot: the things it suits, with a {detail} about each, and its beats. "- " opens a beat,
 # each further line is another way to tell it, and [a|b] is a choice of words.
 PLOTS = {
-    "lost": (plain("kite ball boat drum bell hat scarf doll bear robot book truck puppet"), """
+    "lost": (plain("kite ball boat drum bell hat scarf doll robot book"), """
 - {own}
 - But {one_day} the {thing} was gone. {hero} looked under the bed and behind the [door|chair].
   But {one_day} {he} wanted to {use} the {thing}, and it was not there. {sad}
@@ -136,7 +129,7 @@ PLOTS = {
   That night, {hero} went to sleep with the {look} {thing} [beside {him}|next to {his} bed].
   {hero} was so glad to have the {thing} back that {he} [sang|danced|smiled] all the way home.
 """),
-    "share": (plain("kite ball boat drum wagon truck train doll robot sled bike horn"), """
+    "share": (plain("kite ball boat drum wagon train doll robot sled bike"), """
 - {own}
 - {One_day}, {friend} came to play. "May I {use} the {thing} too?" asked {friend}.
   {One_day}, {friend} saw the {thing}. "[Oh, how nice|I like it]! May I have a turn?"
@@ -150,7 +143,7 @@ PLOTS = {
   That day {hero} learned that a {thing} is [twice as nice|the most fun] when you share it.
   When the stars came out, {hero} and {friend} were still [playing|happy] with the {thing}.
 """),
-    "quarrel": (plain("ball kite drum truck hat balloon doll crown mask horn"), """
+    "quarrel": (plain("ball kite drum hat doll crown mask"), """
 - {One_day}, {hero} and {friend} found {a_thing} {spot}.
   {hero} was playing with {friend} when they saw {a_thing} {spot}.
 - "I saw it first!" said {hero}. "No, I did!" said {friend}.
@@ -165,8 +158,8 @@ PLOTS = {
   {hero} liked the {thing}, but {he} liked [having|being] a good friend even more.
   After that, the {thing} belonged to both {hero} and {friend}, and all was well.
 """),
-    "broken": ({"wagon": "wheel", "truck": "wheel", "train": "wheel", "bike": "wheel",
-                "kite": "tail", "boat": "sail", "doll": "arm", "robot": "arm", "bear": "ear"}, """
+    "broken": ({"wagon": "wheel", "train": "wheel", "bike": "wheel",
+                "kite": "tail", "boat": "sail", "doll": "arm", "robot": "arm"}, """
 - {own}
 - {One_day}, the {thing} fell [hard|to the ground], and the {detail} came off. {sad}
   {One_day}, {he} heard a [crack|snap]. The {detail} of the {thing} was broken! {sad}
@@ -181,7 +174,7 @@ PLOTS = {
   From that day on, {hero} was [gentle|careful] with {his} {look} {thing}.
 """),
     "gift": ({"card": "paper", "picture": "paint", "quilt": "cloth", "scarf": "wool",
-              "hat": "wool", "crown": "shiny paper", "mask": "paper", "puppet": "cloth"}, """
+              "hat": "wool", "crown": "shiny paper", "mask": "paper"}, """
 - It was almost {kin}'s birthday, and {hero} wanted to make {a_thing}.
   {hero} wanted to give {kin} {a_thing}, but {he} had no money.
   {hero} loved {kin} [very much|a lot] and wanted to make {a_thing} as a gift.
@@ -200,7 +193,7 @@ PLOTS = {
 """),
     "learn": ({"bike": "{he} fell into the grass", "sled": "{he} rolled into the snow",
                "kite": "it fell on {his} head", "flute": "it sounded like a sick cow",
-               "horn": "no sound came out", "drum": "all the birds flew away",
+               "drum": "all the birds flew away",
                "ball": "it went the wrong way"}, """
 - {kin} gave {hero} {a_thing}, but {he} did not know how to {use} it.
   {hero} had {a_thing}, and {he} wanted to learn to {use} it [well|like {friend}].
@@ -215,7 +208,7 @@ PLOTS = {
 - {hero} {used} the {look} {thing} all the way [around|across] {place} and felt [proud|very big].
   Now {hero} {used} the {thing} every day, and it [was|felt] as easy as [singing|smiling].
 """),
-    "dark": (plain("bear doll lamp blanket puppet robot book"), """
+    "dark": (plain("doll lamp blanket robot book"), """
 - {hero} was afraid of the dark, but {he} had {a_thing} [next to|beside] {his} bed.
   Every night, {hero} went to bed with {a_thing} [close to|beside] {him}.
   {hero} was a [little|kind|quiet] {child} who kept {a_thing} by {his} bed.
@@ -230,7 +223,7 @@ PLOTS = {
 - Then {hero} closed {his} eyes and slept until morning with the {thing} [beside|near] {him}.
   After that, {hero} and the {look} {thing} were not afraid of the dark [any more|at all].
 """),
-    "rain": (plain("train doll puppet book truck crown boat robot bear blanket"), """
+    "rain": (plain("train doll book crown boat robot blanket"), """
 - It rained and rained, so {hero} had to stay inside with {a_thing}.
   One rainy day, {hero} sat by the window with {a_thing}. [Drip, drop|Splash], went the rain.
 - "Let's pretend!" said {kin}. "Your {thing} can be [magic|a brave friend]."
@@ -294,7 +287,7 @@ PLOTS = {
   Soon the {thing} was all gone, but {hero} was full of [joy|love].
   After that, {hero} and {friend} made {thing} together [every week|on every cold day].
 """),
-    "rescue": (plain("kitten puppy lamb duck"), """
+    "rescue": (plain("kitten lamb duck"), """
 - {One_day}, {hero} heard a [soft|sad] cry and saw {a_thing} {trap}.
   {hero} was on the way home when {he} saw {a_thing} {trap}.
 - "Oh, you poor {thing}!" said {hero}. The {thing} was [wet and cold|hungry|afraid].
@@ -324,7 +317,7 @@ PLOTS = {
 - {hero} did not have the {thing} now, but {his} heart was [light|full] all the way home.
   {hero} was glad that the {look} {thing} was back [home|where it belonged].
 """),
-    "stuck": (plain("kite ball balloon hat scarf"), """
+    "stuck": (plain("kite ball hat scarf"), """
 - {own}
 - {One_day}, the wind [took|caught] the {thing}, and it got stuck {high}.
   {One_day}, the {thing} flew up, up, up, and it got stuck {high}.
@@ -340,7 +333,7 @@ PLOTS = {
   Now, when {hero} goes out with the {thing}, the {climber} comes along [too|to play].
   {hero} gave the {climber} some {treat} and never let go of the {thing} [again|on a windy day].
 """),
-    "shop": (plain("drum doll kite train book hat bell flute robot sled ball puppet"), """
+    "shop": (plain("drum doll kite train book hat bell flute robot sled ball"), """
 - {One_day}, {hero} saw {a_thing} in a shop, but it cost ten coins, and {he} had [none|only one].
   There was {a_thing} in the shop, and {hero} wanted it [very much|so badly].
 - So {hero} {job} for {kin}. Then {he} helped {friend}, too. Clink, clink went the coins.
@@ -367,7 +360,7 @@ PLOTS = {
 - The {animal} kept the {thing}, and {hero} had a new friend [for life|that winter].
   {hero} did not miss the {look} {thing}, for a kind heart [is warmer still|keeps you warm too].
 """),
-    "truth": (plain("cup pot clock lamp bell"), """
+    "truth": (plain("pot clock lamp bell"), """
 - {kin} had {a_thing}, and {hero} was not [allowed to|supposed to] play with it.
   There was {a_thing} on the table, and {hero} wanted to touch it.
 - {One_day}, {he} threw a pillow. Crash! The {thing} fell and broke in two.
@@ -382,7 +375,7 @@ PLOTS = {
 - Then {hero} and {kin} mended the {look} {thing} with glue and a [big|warm] hug.
   {hero} helped {kin} fix the {thing}, and {his} heart felt light [again|as air].
 """),
-    "trade": (plain("shell stone bell puppet drum truck mask cup"), """
+    "trade": (plain("shell stone bell drum mask"), """
 - {friend} had {a_thing}, and {hero} wanted one just like it.
   {One_day}, {hero} saw that {friend} had {a_thing}.
 - "Will you trade?" asked {hero}. "I will give you [two|three|ten] {treat} for the {thing}."

@@ -7,6 +7,7 @@ resumed run is the run it resumes, and N processes do what one would.
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,8 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,6 +171,16 @@ def estimate_loss(
         total = total.to(device)
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
+
+
+def ahead(items: Iterator) -> Iterator:
+    """`items`, each made in a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items)
+        while True:
+            item = future.result()
+            future = thread.submit(next, items)
+            yield item
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -365,6 +378,26 @@ def main() -> None:
         signal.signal(number, request_stop)
 
     own_micro_batches = config.gradient_accumulation_steps // world_size
+    own = range(rank * own_micro_batches, (rank + 1) * own_micro_batches)
+
+    def micro_batches(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's inputs and targets from `step` on, without end."""
+        for s in itertools.count(step):
+            for i in own:
+                positions = range(i * config.batch_size, (i + 1) * config.batch_size)
+                x, y = training_batch(
+                    train_tokens,
+                    config.seed,
+                    s,
+                    positions,
+                    context_length,
+                    stories,
+                    config.story_windows,
+                )
+                # from pinned memory the copy to the GPU does not wait for the GPU's work
+                yield (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    batches = ahead(micro_batches(step + 1))
     peak = peak_flops(device) if dtype != torch.float32 else None
     model.train()
     stop = False
@@ -374,21 +407,10 @@ def main() -> None:
             step += 1
             start = time.perf_counter()
             loss_sum = torch.zeros((), device=device)
-            for i in range(own_micro_batches):
-                micro_batch = rank * own_micro_batches + i
-                first = micro_batch * config.batch_size
-                x, y = training_batch(
-                    train_tokens,
-                    config.seed,
-                    step,
-                    range(first, first + config.batch_size),
-                    context_length,
-                    stories,
-                    config.story_windows,
-                )
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            for micro_batch in own:
+                x, y = (part.to(device, non_blocking=True) for part in next(batches))
                 if dist.is_initialized():  # gradients are summed over processes once a step
-                    wrapped.require_backward_grad_sync = i == own_micro_batches - 1
+                    wrapped.require_backward_grad_sync = micro_batch == own[-1]
                 torch.manual_seed(dropout_seed(config.seed, step, micro_batch))
                 with precision:
                     _, loss = wrapped(x, y)

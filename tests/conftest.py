@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # bit-identical runs, and no contest for the cores
+
+import torch  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -31,7 +33,6 @@ def _run_main(script: str, flags: list[str], output: str, environment: dict, cwd
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    torch.set_num_threads(1)  # bit-identical runs, and no contest for two cores
     sys.argv = [script, *flags]
     import importlib
 
@@ -69,6 +70,13 @@ class Scripts:
         output = process.output.read_text(encoding="utf-8", errors="replace")
         assert not hung, f"{script} {flags} did not end in {timeout} s:\n{output}"
         return SimpleNamespace(code=process.exitcode, output=output)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests counted (record_property), which pytest would keep to itself."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def outcome(result, folder) -> tuple:
     return text, weights
 
 
-def test_damaged_inputs(script, good, tmp_path):
+def test_damaged_inputs(script, good, tmp_path, record_property):
     expected = {}
     for name in ("evaluate.py", "generate.py"):
         result = script(name, *commands(good)[name])
@@ -119,5 +119,5 @@ def test_damaged_inputs(script, good, tmp_path):
             assert len(errors) == 1 and result.code == 1, what
             counts["one sentence"] += 1
         shutil.rmtree(folder)
-    print(f"{CASES} damaged inputs: {dict(counts)}")
+    record_property(f"{CASES} damaged inputs", dict(counts))
     assert counts["one sentence"] > CASES / 2
