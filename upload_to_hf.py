@@ -422,7 +422,7 @@ def retry(call: Callable[[], object]):
     for wait in (1, 2, 4):
         try:
             return call()
-        except ValueError:  # a bad request, which stays bad
+        except (ValueError, RuntimeError):  # a bad request, or an upload tried often enough
             raise
         except Exception as error:
             reason = type(error).__name__
@@ -441,27 +441,38 @@ def retry(call: Callable[[], object]):
 
 
 def publish(folder: Path, repo_id: str, token: str, private: bool) -> tuple[str, bool]:
-    """Sends `folder` as one commit; the repo's address, and whether anything was new to it."""
+    """Sends `folder` as one commit; the repo's address, and whether anything was new to it.
+
+    Raises InputError, and whatever the Hub's client does.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi(token=token)
-    url = retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-    before = retry(lambda: api.model_info(repo_id))
+
+    def open_repo():
+        try:
+            return api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private or None)
+            return api.model_info(repo_id)
+
+    def commit():
+        # New operations each time: after a commit whose answer got lost, they find nothing to do.
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        additions = [
+            CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files
+        ]
+        message = "Upload StoryGPT: weights, code, tokenizer and model card"
+        return api.create_commit(repo_id, additions, commit_message=message)
+
+    before = retry(open_repo)
     if private and not before.private:
         raise InputError(
             f"{repo_id} exists and is public: make it private in its settings on the Hub, leave "
             "out --private, or pass another --repo_id"
         )
-
-    def additions() -> list[CommitOperationAdd]:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-
-    api.preupload_lfs_files(repo_id, additions(), free_memory=False)
-    # New operations each time: after a commit whose answer got lost, they find nothing to do.
-    message = "Upload StoryGPT: weights, code, tokenizer and model card"
-    commit = retry(lambda: api.create_commit(repo_id, additions(), commit_message=message))
-    return str(url), commit.oid != before.sha
+    return f"{api.endpoint}/{repo_id}", retry(commit).oid != before.sha
 
 
 def explain(error: Exception, repo_id: str) -> str:
@@ -482,7 +493,8 @@ def explain(error: Exception, repo_id: str) -> str:
         403: "the token may not write there: give it write permission at "
         "https://huggingface.co/settings/tokens, or pass another --repo_id",
         404: "the token cannot see that repo: check --repo_id and the token's permissions",
-        409: "somebody else is changing the repo: run the same command again",
+        409: "the repo is being changed, or exists where the token cannot see it: run the same "
+        "command again, or pass another --repo_id",
         429: "the Hub asks for a pause: run the same command again in some minutes",
     }
     trouble = "the Hub has trouble: run the same command again later"
@@ -511,7 +523,10 @@ def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
 
 
 def find_meta(data_dir: Path, vocab_size: int) -> dict | None:
-    """What meta.json says of the training data, if there is one. Raises InputError if it is not it."""
+    """What meta.json says of the training data, or None where it is not there.
+
+    Raises InputError where it is damaged or of other data.
+    """
     from dataset import load_meta
 
     if not (data_dir / "meta.json").is_file():
