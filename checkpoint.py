@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
@@ -203,7 +205,7 @@ def download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=files))
     except HfHubHTTPError as error:
         raise InputError(
-            f"there is no checkpoint {repo_id} here, and the Hub gives out no such model (HTTP "
+            f"there is no checkpoint {repo_id} here, and the Hub does not give it out (HTTP "
             f"{error.response.status_code}): check --checkpoint, or log in with `hf auth login` if "
             "it is private"
         ) from error
@@ -214,6 +216,13 @@ def download(repo_id: str) -> Path:
         ) from error
 
 
+class SkipInit(TorchFunctionMode):
+    """Draws no weights: on the meta device that would import torch's compiler, for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
 def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a checkpoint read from `path`, on `device` and in evaluation mode.
 
@@ -222,7 +231,8 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
     config, state_dict = checkpoint["gpt_config"], checkpoint["model_state_dict"]
     if len(state_dict) < config.n_layer:  # before building whatever size a stranger asks for
         raise InputError(f"the weights in {path} do not fit its gpt_config")
-    with torch.device("meta"):  # no memory and no random numbers for weights soon replaced
+    # no memory and no random numbers for weights soon replaced
+    with SkipInit(), torch.device("meta"):
         model = GPT(config)
     load_weights(model, state_dict, path, assign=True)
     model.lm_head.weight = model.wte.weight

@@ -564,6 +564,7 @@ def main() -> None:
         token = None if arguments.dry_run else find_token(arguments.token)
         folder = Path(scratch) / "repo"
         folder.mkdir()
+        print("building the model repo, and telling three stories for its card")
         build_folder(folder, arguments, checkpoint, meta)
         if output_dir:
             folder = folder.replace(output_dir)

@@ -45,8 +45,8 @@ class Repo:
 class Fault:
     """What happens to the next `times` requests that `pattern` matches ("METHOD /path").
 
-    A status is answered with it; "cut" reads half the body and resets the connection; "lost" does
-    what was asked and resets the connection instead of answering.
+    A status is answered with it; "cut" resets the connection in the middle of an upload, or of the
+    answer to a GET; "lost" does what was asked and resets the connection instead of answering.
     """
 
     pattern: str
@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         self.route, self.query = unquote(url.path), parse_qs(url.query)
         fault = self.hub.next_fault(f"{self.command} {self.route}")
         length = int(self.headers.get("Content-Length", 0))
-        if fault and fault.what == "cut":
+        if fault and fault.what == "cut" and self.command != "GET":
             self.rfile.read(length // 2)
             return self.reset()
         self.body = self.rfile.read(length)
@@ -164,6 +164,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
+        if fault and fault.what == "cut":
+            self.wfile.write(data[: len(data) // 2])
+            return self.reset()
         if self.command != "HEAD":
             self.wfile.write(data)
 
