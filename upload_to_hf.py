@@ -422,7 +422,7 @@ def retry(call: Callable[[], object]):
     for wait in (1, 2, 4):
         try:
             return call()
-        except (ValueError, RuntimeError):  # a bad request, or an upload tried often enough
+        except RuntimeError:  # an upload, which the client has tried often enough
             raise
         except Exception as error:
             reason = type(error).__name__

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import socket
-import struct
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,8 +45,8 @@ class Repo:
 class Fault:
     """What happens to the next `times` requests that `pattern` matches ("METHOD /path").
 
-    A status is answered with it; "cut" resets the connection in the middle of an upload, or of the
-    answer to a GET; "lost" does what was asked and resets the connection instead of answering.
+    A status is answered with it; "cut" hangs up in the middle of an upload, or of the answer to a
+    GET; "lost" does what was asked and hangs up instead of answering.
     """
 
     pattern: str
@@ -71,6 +71,14 @@ class Refusal(Exception):
         self.status, self.code = status, code
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, address) -> None:
+        if not isinstance(sys.exception(), OSError):  # whoever hung up meant it
+            super().handle_error(request, address)
+
+
 class Hub:
     """The server: `with Hub() as hub`, then hub.url, hub.repos, hub.faults, hub.requests."""
 
@@ -79,17 +87,12 @@ class Hub:
         self.objects: dict[str, bytes] = {}  # by SHA-256
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.ranges: list[str] = []  # that downloads asked for
         self.lock = threading.Lock()
 
     def __enter__(self) -> "Hub":
-        hub = self
-
-        class BoundHandler(Handler):
-            pass
-
-        BoundHandler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler)
-        self.server.daemon_threads = True
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self.server = Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -142,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         if fault and fault.what == "cut" and self.command != "GET":
             self.rfile.read(length // 2)
-            return self.reset()
+            return self.hang_up()
         self.body = self.rfile.read(length)
         try:
             if fault and isinstance(fault.what, int):
@@ -158,24 +161,23 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": str(refusal), "X-Error-Code": refusal.code}
             if fault and fault.retry_after is not None:
                 headers["Retry-After"] = str(fault.retry_after)
+            if fault:  # servers in trouble do not speak JSON
+                data = b"<html>planned</html>"
         if fault and fault.what == "lost":
-            return self.reset()
+            return self.hang_up()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if fault and fault.what == "cut":
             self.wfile.write(data[: len(data) // 2])
-            return self.reset()
+            return self.hang_up()
         if self.command != "HEAD":
             self.wfile.write(data)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_one
 
-    def reset(self) -> None:
-        linger = struct.pack("ii", 1, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        # rfile and wfile hold the socket open: without this, close waits for them
+    def hang_up(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
@@ -345,6 +347,7 @@ class Handler(BaseHTTPRequestHandler):
         if lfs:
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{etag}"'}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            self.hub.ranges.append(match[0])
             first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first : last + 1], 206
