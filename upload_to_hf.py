@@ -22,7 +22,6 @@ from config import InputError
 ROOT = Path(__file__).resolve().parent
 BEST = "checkpoints/StoryGPT_best.pt"
 PROMPT = "Once upon a time"
-FILE_ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 SAMPLING = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 100}
 
 
@@ -155,9 +154,11 @@ def tell_story(model, seed: int) -> str:
 
 def hub_dataset(meta: dict | None) -> str | None:
     """The data set's name where it is one on the Hub; a path of this machine stays private."""
+    from prepare_data import FILE_TYPES
+
     name = (meta or {}).get("dataset", "")
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    is_file = Path(name).exists() or Path(name).suffix in FILE_ENDINGS
+    is_file = Path(name).exists() or Path(name).suffix in (".txt", *FILE_TYPES)
     return name if is_name and not is_file else None
 
 
