@@ -1,7 +1,13 @@
-"""Checkpoints: written whole or not at all, and read without running anybody's code."""
+"""Checkpoints: written whole or not at all, and read without running anybody's code.
 
+A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `config.json` and
+`model.safetensors` in the layout of transformers' GPT-2.
+"""
+
+import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -9,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
@@ -119,17 +127,131 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
         ) from error
 
 
-def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
-    """The model of a checkpoint on `device`, in evaluation mode, and the checkpoint itself.
+def to_transformers(state_dict: dict) -> dict:
+    """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
 
-    Raises InputError as `load_checkpoint` and `load_weights` do.
+    Its linear layers are (in, out), its biases always exist, and the tied head is not stored.
     """
-    checkpoint = load_checkpoint(path)
+    tensors = {}
+    for name, weight in state_dict.items():
+        if name == "lm_head.weight":
+            continue
+        if ".c_" in name and weight.dim() == 2:
+            weight = weight.T
+        tensors[f"transformer.{name}"] = weight.float().contiguous()
+        bias = name.replace(".weight", ".bias")
+        if bias not in state_dict and not name.startswith(("wte", "wpe")):
+            tensors[f"transformer.{bias}"] = torch.zeros(weight.shape[-1])
+    return tensors
+
+
+def from_transformers(tensors: dict, bias: bool) -> dict:
+    """The `model_state_dict` that `to_transformers` made `tensors` of."""
+    state_dict = {}
+    for name, weight in tensors.items():
+        name = name.removeprefix("transformer.")
+        if bias or not name.endswith("bias"):
+            transpose = ".c_" in name and weight.dim() == 2
+            state_dict[name] = weight.T.contiguous() if transpose else weight
+    if "wte.weight" in state_dict:
+        state_dict["lm_head.weight"] = state_dict["wte.weight"]
+    return state_dict
+
+
+def load_folder(folder: Path) -> dict:
+    """A published model's folder as a checkpoint with gpt_config, model_state_dict, step, val_loss.
+
+    Raises InputError where files are missing or damaged, or it is no StoryGPT model.
+    """
+    from safetensors.torch import load_file
+
+    name = "config.json"
+    try:
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        ours = config["storygpt"]
+        checkpoint = {
+            "gpt_config": GPTConfig(
+                context_length=config["n_positions"],
+                dropout=config["resid_pdrop"],
+                bias=ours["bias"],
+                **{key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+            ),
+            "step": int(ours["step"]),
+            "val_loss": float(ours["val_loss"]),
+        }
+        name = "model.safetensors"
+        tensors = load_file(folder / name)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is no StoryGPT model: it has no {name}; pass another with --checkpoint"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{folder / name} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # whatever JSON, the config and safetensors make of a foreign file
+        raise InputError(
+            f"{folder / name} is damaged or not a StoryGPT model's: pass another with --checkpoint"
+        ) from error
+    return checkpoint | {"model_state_dict": from_transformers(tensors, ours["bias"])}
+
+
+def download(repo_id: str) -> Path:
+    """The local folder with a Hub model's config.json and model.safetensors.
+
+    Takes it from the local cache where the Hub cannot be reached. Raises InputError.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(repo_id, allow_patterns=files))
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"there is no checkpoint {repo_id} here, and the Hub does not give it out (HTTP "
+            f"{error.response.status_code}): check --checkpoint, or log in with `hf auth login` if "
+            "it is private"
+        ) from error
+    except Exception as error:  # no connection, one that broke, or no name that the Hub could have
+        raise InputError(
+            f"there is no checkpoint {repo_id} here, and it cannot be downloaded from the Hub "
+            f"({type(error).__name__}): check --checkpoint and the network"
+        ) from error
+
+
+class SkipInit(TorchFunctionMode):
+    """Draws no weights: on the meta device that would import torch's compiler, for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu") -> GPT:
+    """The model of a checkpoint read from `path`, on `device` and in evaluation mode.
+
+    Raises InputError where weights and gpt_config do not fit.
+    """
     config, state_dict = checkpoint["gpt_config"], checkpoint["model_state_dict"]
     if len(state_dict) < config.n_layer:  # before building whatever size a stranger asks for
         raise InputError(f"the weights in {path} do not fit its gpt_config")
-    with torch.device("meta"):  # no memory and no random numbers for weights soon replaced
+    # no memory and no random numbers for weights soon replaced
+    with SkipInit(), torch.device("meta"):
         model = GPT(config)
     load_weights(model, state_dict, path, assign=True)
     model.lm_head.weight = model.wte.weight
-    return model.to(device).eval(), checkpoint
+    return model.to(device).eval()
+
+
+def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
+    """The model of a .pt file, a published model's folder or a Hub id, and the checkpoint itself.
+
+    Raises InputError as `load_checkpoint`, `load_folder`, `download` and `build_model` do.
+    """
+    path = Path(path)
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pt)", path.as_posix())
+    if path.is_dir():
+        checkpoint = load_folder(path)
+    elif hub_id and not path.exists():
+        checkpoint = load_folder(download(path.as_posix()))
+    else:
+        checkpoint = load_checkpoint(path)
+    return build_model(checkpoint, path, device), checkpoint

@@ -25,7 +25,7 @@ class Arguments:
     """Score every token of a split once."""
 
     checkpoint: Path = Path("checkpoints") / BEST
-    """Checkpoint to evaluate."""
+    """A .pt file, a folder that upload_to_hf.py made, or a model on the Hub: owner/name."""
     data_dir: Path = Path("data")
     """Folder that prepare_data.py wrote."""
     split: Literal["validation", "train"] = "validation"

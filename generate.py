@@ -21,7 +21,7 @@ class Arguments:
     prompt: str = "Once upon a time"
     """How the story begins; "" leaves that to the model."""
     checkpoint: Path = Path("checkpoints/StoryGPT_best.pt")
-    """Checkpoint to tell it with."""
+    """A .pt file, a folder that upload_to_hf.py made, or a model on the Hub: owner/name."""
     max_new_tokens: int = 200
     """Most tokens to add to the prompt."""
     temperature: float = 0.8

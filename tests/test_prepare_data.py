@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import Fault, Hub, Repo
 
 from prepare_data import encode_stories
 from tokenizer import load_tokenizer
@@ -76,6 +78,41 @@ def test_splits_are_taken_as_found_and_empty_stories_counted(script, tmp_path):
     assert read(tmp_path / "out", "train") == naive(["A.", "B."], 300)
     assert read(tmp_path / "out", "validation") == naive(["C."], 300)
     assert "3 empty stories skipped" in result.output
+
+
+def test_the_default_data_set_comes_from_the_hub(script, fails, tmp_path):
+    def parquet(stories: list[str]) -> bytes:
+        pq.write_table(pa.table({"text": stories}), file := io.BytesIO())
+        return file.getvalue()
+
+    with Hub() as hub:
+        hub.add(
+            "datasets/roneneldan/TinyStories",
+            {
+                "README.md": b"---\nlicense: cdla-sharing-1.0\n---\n",
+                "data/train-00000-of-00002.parquet": parquet(STORIES[:100]),
+                "data/train-00001-of-00002.parquet": parquet(STORIES[100:200]),
+                "data/validation-00000-of-00001.parquet": parquet(STORIES[200:]),
+            },
+        )
+        environment = hub.environment(tmp_path / "hf")
+        hub.faults = [Fault("GET .*train-00000", "cut")]
+        result = script("prepare_data.py", "--data_dir", tmp_path / "out", **environment)
+        assert result.code == 0, result.output
+        assert hub.faults[0].times == 0  # cut in the middle, and downloaded to its end
+        assert read(tmp_path / "out", "train") == naive(STORIES[:200])
+        assert read(tmp_path / "out", "validation") == naive(STORIES[200:])
+        meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+        assert meta["dataset"] == "roneneldan/TinyStories"
+        hub.repos["datasets/you/private"] = Repo(private=True)
+        nobody = environment | {"HF_TOKEN": ""}
+        flags = ("--dataset", "you/private", "--data_dir", tmp_path / "other")
+        fails("prepare_data.py", *flags, says="does not give out you/private (HTTP 401)", **nobody)
+
+    # From here on without a network: what was downloaded is enough.
+    result = script("prepare_data.py", "--data_dir", tmp_path / "again", **environment)
+    assert result.code == 0, result.output
+    assert read(tmp_path / "again", "train") == naive(STORIES[:200])
 
 
 def test_a_folder_of_text_files_has_tinystories_layout(script, tmp_path):

