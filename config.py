@@ -152,15 +152,17 @@ class TrainingConfig:
 PRESETS = {
     "storygpt": (GPTConfig(), TrainingConfig()),
     "demo": (
-        GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_embd=128, dropout=0.0),
+        GPTConfig(vocab_size=4096, n_layer=2, n_head=8, n_embd=128, dropout=0.0),
         TrainingConfig(
-            batch_size=16,
+            batch_size=8,
             gradient_accumulation_steps=1,
-            max_steps=1_000,
+            max_steps=1_350,
             warmup_steps=50,
-            learning_rate=3e-3,
-            min_lr=3e-4,
-            eval_interval=100,
+            learning_rate=8e-3,
+            min_lr=2e-4,
+            weight_decay=0.01,
+            story_windows=0.75,
+            eval_interval=150,
             eval_iters=10,
         ),
     ),

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 
 # Names that a small vocabulary can tell apart by their first token.
 GIRLS = [
-    "Lily", "Mia", "Anna", "Zoe", "Amy", "Kate", "Sara", "Beth", "Nina", "Jane", "Iris", "Fern",
-    "Clara", "Grace", "Cara", "Una", "Alice",
+    "Lily", "Mia", "Anna", "Zoe", "Amy", "Kate", "Sara", "Beth", "Nina", "Jane", "Alice", "Grace",
 ]
 BOYS = [
-    "Tom", "Ben", "Sam", "Jack", "Adam", "David", "John", "Paul", "George", "Dan", "Peter",
-    "Mark", "James", "Frank", "Stan", "Hank", "Walt",
+    "Tom", "Ben", "Sam", "Jack", "Adam", "David", "Paul", "George", "Dan", "Peter", "Mark",
+    "Frank",
 ]
 HEROES = frozenset(GIRLS + BOYS)
 
@@ -35,7 +34,6 @@ THINGS = {
     "coat": ("wear", "wore", "red|blue|green|warm"),
     "crown": ("wear", "wore", "gold|silver|shiny"),
     "mask": ("wear", "wore", "funny|green|silver"),
-    "blanket": ("sleep under", "slept under", "red|blue|yellow|soft"),
     "book": ("read", "read", "red|blue|big|old"),
     "doll": ("hug", "hugged", "little|pretty|soft"),
     "robot": ("play with", "played with", "silver|red|little|funny"),
@@ -53,7 +51,6 @@ THINGS = {
     "card": ("make", "made", "pretty|pink|yellow|big"),
     "picture": ("make", "made", "pretty|big|bright"),
     "quilt": ("make", "made", "pretty|warm|blue|soft"),
-    "tower": ("build", "built", "tall|big|strong"),
     "castle": ("build", "built", "tall|big|grand"),
     "bridge": ("build", "built", "long|little|strong"),
     "tent": ("build", "built", "big|little|cozy"),
@@ -61,7 +58,6 @@ THINGS = {
     "flower": ("grow", "grew", "red|blue|yellow|pretty"),
     "rose": ("grow", "grew", "red|pink|white|yellow"),
     "carrot": ("grow", "grew", "big|long|sweet"),
-    "melon": ("grow", "grew", "big|green|sweet"),
     "cake": ("bake", "baked", "big|round|sweet"),
     "pie": ("bake", "baked", "big|round|sweet"),
     "soup": ("cook", "cooked", "big bowl of|warm bowl of"),
@@ -72,8 +68,7 @@ THINGS = {
 
 # Symbols are drawn once per story, so that a place or a helper stays the same throughout.
 SYMBOLS = {
-    "friend": ["Leo", "Noah", "Eli", "Andy", "Gus", "Emma", "Ruth", "Vic", "Quinn", "Rex",
-               "Sean", "Isa", "Ash"],
+    "friend": ["Leo", "Noah", "Eli", "Andy", "Gus", "Emma", "Ruth", "Vic", "Rex", "Isa"],
     "kin": ["Mom", "Dad", "Grandma", "Grandpa"],
     "animal": ["mouse", "rabbit", "frog", "owl", "fox", "bird", "turtle"],
     "climber": ["squirrel", "bird", "crow", "owl", "cat"],
@@ -208,7 +203,7 @@ PLOTS = {
 - {hero} {used} the {look} {thing} all the way [around|across] {place} and felt [proud|very big].
   Now {hero} {used} the {thing} every day, and it [was|felt] as easy as [singing|smiling].
 """),
-    "dark": (plain("doll lamp blanket robot book"), """
+    "dark": (plain("doll lamp robot book"), """
 - {hero} was afraid of the dark, but {he} had {a_thing} [next to|beside] {his} bed.
   Every night, {hero} went to bed with {a_thing} [close to|beside] {him}.
   {hero} was a [little|kind|quiet] {child} who kept {a_thing} by {his} bed.
@@ -223,7 +218,7 @@ PLOTS = {
 - Then {hero} closed {his} eyes and slept until morning with the {thing} [beside|near] {him}.
   After that, {hero} and the {look} {thing} were not afraid of the dark [any more|at all].
 """),
-    "rain": (plain("train doll book crown boat robot blanket"), """
+    "rain": (plain("train doll book crown boat robot"), """
 - It rained and rained, so {hero} had to stay inside with {a_thing}.
   One rainy day, {hero} sat by the window with {a_thing}. [Drip, drop|Splash], went the rain.
 - "Let's pretend!" said {kin}. "Your {thing} can be [magic|a brave friend]."
@@ -238,7 +233,7 @@ PLOTS = {
   {hero} held the {thing} up to the window, and they looked at the [blue sky|wet world] together.
   {hero} hugged the {look} {thing} and thought that rain was [not so bad|the best of all].
 """),
-    "build": ({"tower": "blocks", "castle": "sand", "bridge": "sticks and stones",
+    "build": ({"castle": "sand", "bridge": "sticks and stones",
                "tent": "sheets and chairs", "fort": "old boxes"}, """
 - {One_day}, {hero} wanted to build {a_thing} [out of|with] {detail}.
   {hero} had a big plan. {He} wanted to build {a_thing} out of {detail}.
@@ -255,7 +250,7 @@ PLOTS = {
 - {hero} and {friend} sat by their {look} {thing} and [ate {treat}|told stories] until dark.
   {hero} was [proud|glad], for two friends can build a better {thing} than one.
 """),
-    "garden": (plain("flower rose carrot melon"), """
+    "garden": (plain("flower rose carrot"), """
 - {hero} had a tiny seed, and {he} wanted to grow {a_thing}.
   {kin} gave {hero} a [tiny|little] seed. "It can grow into {a_thing}," said {kin}.
   {One_day}, {hero} put a seed in the ground to grow {a_thing}.
@@ -347,7 +342,7 @@ PLOTS = {
 - {hero} {used} the {look} {thing} all day, and it was [sweeter|better] because {he} had earned it.
   {hero} took the {thing} home and [showed it to|shared it with] {friend}.
 """),
-    "give": (plain("scarf hat coat blanket"), """
+    "give": (plain("scarf hat coat"), """
 - {own}
 - One cold day, {he} saw {a_kind} {animal} in the snow. It was shaking [all over|with cold].
   It was winter. On the way home, {hero} met {a_kind} {animal} with [no home|cold feet].
