@@ -152,17 +152,19 @@ class TrainingConfig:
 PRESETS = {
     "storygpt": (GPTConfig(), TrainingConfig()),
     "demo": (
-        GPTConfig(vocab_size=4096, n_layer=2, n_head=8, n_embd=128, dropout=0.0),
+        GPTConfig(
+            vocab_size=4096, context_length=192, n_layer=2, n_head=8, n_embd=128, dropout=0.0
+        ),
         TrainingConfig(
             batch_size=8,
             gradient_accumulation_steps=1,
-            max_steps=1_350,
+            max_steps=1_950,
             warmup_steps=50,
             learning_rate=8e-3,
             min_lr=2e-4,
             weight_decay=0.01,
             story_windows=0.75,
-            eval_interval=150,
+            eval_interval=195,
             eval_iters=10,
         ),
     ),

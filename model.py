@@ -54,11 +54,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk, chunk_targets = x[first : first + rows], targets[first : first + rows, None]
             logits = (chunk @ weight.T).float()
             logits[:, num_classes:] = -math.inf
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(1, chunk_targets)).sum()
+            chosen, largest = logits.gather(1, chunk_targets), logits.amax(-1, keepdim=True)
+            error = logits.sub_(largest).exp_()  # in place: the logits are the largest tensor
+            total = error.sum(-1, keepdim=True)
+            loss += (total.log() + largest - chosen).sum()
             if keep_gradients:
-                error = logits.sub_(log_sum).exp_()  # softmax minus one-hot
-                error.scatter_add_(1, chunk_targets, -torch.ones_like(log_sum))
+                error /= total
+                error.scatter_add_(1, chunk_targets, -torch.ones_like(total))  # minus one-hot
                 error = error.to(x.dtype)
                 x_grad[first : first + rows] = error @ weight
                 weight_grad += error.T @ chunk

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 # Names that a small vocabulary can tell apart by their first token.
 GIRLS = [
-    "Lily", "Mia", "Anna", "Zoe", "Amy", "Kate", "Sara", "Beth", "Nina", "Jane", "Alice", "Grace",
+    "Lily", "Mia", "Anna", "Zoe", "Amy", "Kate", "Sara", "Beth", "Nina", "Jane", "Iris", "Fern",
+    "Clara", "Grace", "Cara", "Una", "Alice",
 ]
 BOYS = [
-    "Tom", "Ben", "Sam", "Jack", "Adam", "David", "Paul", "George", "Dan", "Peter", "Mark",
-    "Frank",
+    "Tom", "Ben", "Sam", "Jack", "Adam", "David", "John", "Paul", "George", "Dan", "Peter",
+    "Mark", "James", "Frank", "Stan", "Hank", "Walt",
 ]
 HEROES = frozenset(GIRLS + BOYS)
 
@@ -34,6 +35,7 @@ THINGS = {
     "coat": ("wear", "wore", "red|blue|green|warm"),
     "crown": ("wear", "wore", "gold|silver|shiny"),
     "mask": ("wear", "wore", "funny|green|silver"),
+    "blanket": ("sleep under", "slept under", "red|blue|yellow|soft"),
     "book": ("read", "read", "red|blue|big|old"),
     "doll": ("hug", "hugged", "little|pretty|soft"),
     "robot": ("play with", "played with", "silver|red|little|funny"),
@@ -46,11 +48,11 @@ THINGS = {
     "clock": ("look at", "looked at", "old|gold|white|pretty"),
     "purse": ("carry", "carried", "red|brown|little"),
     "key": ("carry", "carried", "gold|silver|little|old"),
-    "shell": ("look at", "looked at", "pink|white|pretty|shiny"),
     "stone": ("look at", "looked at", "green|blue|smooth|shiny"),
     "card": ("make", "made", "pretty|pink|yellow|big"),
     "picture": ("make", "made", "pretty|big|bright"),
     "quilt": ("make", "made", "pretty|warm|blue|soft"),
+    "tower": ("build", "built", "tall|big|strong"),
     "castle": ("build", "built", "tall|big|grand"),
     "bridge": ("build", "built", "long|little|strong"),
     "tent": ("build", "built", "big|little|cozy"),
@@ -58,6 +60,7 @@ THINGS = {
     "flower": ("grow", "grew", "red|blue|yellow|pretty"),
     "rose": ("grow", "grew", "red|pink|white|yellow"),
     "carrot": ("grow", "grew", "big|long|sweet"),
+    "melon": ("grow", "grew", "big|green|sweet"),
     "cake": ("bake", "baked", "big|round|sweet"),
     "pie": ("bake", "baked", "big|round|sweet"),
     "soup": ("cook", "cooked", "big bowl of|warm bowl of"),
@@ -68,7 +71,8 @@ THINGS = {
 
 # Symbols are drawn once per story, so that a place or a helper stays the same throughout.
 SYMBOLS = {
-    "friend": ["Leo", "Noah", "Eli", "Andy", "Gus", "Emma", "Ruth", "Vic", "Rex", "Isa"],
+    "friend": ["Leo", "Noah", "Eli", "Andy", "Gus", "Emma", "Ruth", "Vic", "Quinn", "Rex",
+               "Sean", "Isa", "Ash"],
     "kin": ["Mom", "Dad", "Grandma", "Grandpa"],
     "animal": ["mouse", "rabbit", "frog", "owl", "fox", "bird", "turtle"],
     "climber": ["squirrel", "bird", "crow", "owl", "cat"],
@@ -203,7 +207,7 @@ PLOTS = {
 - {hero} {used} the {look} {thing} all the way [around|across] {place} and felt [proud|very big].
   Now {hero} {used} the {thing} every day, and it [was|felt] as easy as [singing|smiling].
 """),
-    "dark": (plain("doll lamp robot book"), """
+    "dark": (plain("doll lamp blanket robot book"), """
 - {hero} was afraid of the dark, but {he} had {a_thing} [next to|beside] {his} bed.
   Every night, {hero} went to bed with {a_thing} [close to|beside] {him}.
   {hero} was a [little|kind|quiet] {child} who kept {a_thing} by {his} bed.
@@ -218,7 +222,7 @@ PLOTS = {
 - Then {hero} closed {his} eyes and slept until morning with the {thing} [beside|near] {him}.
   After that, {hero} and the {look} {thing} were not afraid of the dark [any more|at all].
 """),
-    "rain": (plain("train doll book crown boat robot"), """
+    "rain": (plain("train doll book crown boat robot blanket"), """
 - It rained and rained, so {hero} had to stay inside with {a_thing}.
   One rainy day, {hero} sat by the window with {a_thing}. [Drip, drop|Splash], went the rain.
 - "Let's pretend!" said {kin}. "Your {thing} can be [magic|a brave friend]."
@@ -233,7 +237,7 @@ PLOTS = {
   {hero} held the {thing} up to the window, and they looked at the [blue sky|wet world] together.
   {hero} hugged the {look} {thing} and thought that rain was [not so bad|the best of all].
 """),
-    "build": ({"castle": "sand", "bridge": "sticks and stones",
+    "build": ({"tower": "blocks", "castle": "sand", "bridge": "sticks and stones",
                "tent": "sheets and chairs", "fort": "old boxes"}, """
 - {One_day}, {hero} wanted to build {a_thing} [out of|with] {detail}.
   {hero} had a big plan. {He} wanted to build {a_thing} out of {detail}.
@@ -250,7 +254,7 @@ PLOTS = {
 - {hero} and {friend} sat by their {look} {thing} and [ate {treat}|told stories] until dark.
   {hero} was [proud|glad], for two friends can build a better {thing} than one.
 """),
-    "garden": (plain("flower rose carrot"), """
+    "garden": (plain("flower rose carrot melon"), """
 - {hero} had a tiny seed, and {he} wanted to grow {a_thing}.
   {kin} gave {hero} a [tiny|little] seed. "It can grow into {a_thing}," said {kin}.
   {One_day}, {hero} put a seed in the ground to grow {a_thing}.
@@ -296,7 +300,7 @@ PLOTS = {
 - From that day on, the {look} {thing} [followed|walked beside] {hero} everywhere.
   That night, {hero} and the {thing} slept [side by side|nose to nose] by the fire.
 """),
-    "honest": (plain("purse key book hat clock bell scarf shell"), """
+    "honest": (plain("purse key book hat clock bell scarf"), """
 - {One_day}, {hero} found {a_thing} {spot}.
   {hero} was walking [home|to school] when {he} saw {a_thing} {spot}.
 - "What a [nice|lovely] {thing}!" {he} said. "I wish I could keep it."
@@ -342,7 +346,7 @@ PLOTS = {
 - {hero} {used} the {look} {thing} all day, and it was [sweeter|better] because {he} had earned it.
   {hero} took the {thing} home and [showed it to|shared it with] {friend}.
 """),
-    "give": (plain("scarf hat coat"), """
+    "give": (plain("scarf hat coat blanket"), """
 - {own}
 - One cold day, {he} saw {a_kind} {animal} in the snow. It was shaking [all over|with cold].
   It was winter. On the way home, {hero} met {a_kind} {animal} with [no home|cold feet].
@@ -370,7 +374,7 @@ PLOTS = {
 - Then {hero} and {kin} mended the {look} {thing} with glue and a [big|warm] hug.
   {hero} helped {kin} fix the {thing}, and {his} heart felt light [again|as air].
 """),
-    "trade": (plain("shell stone bell drum mask"), """
+    "trade": (plain("stone bell drum mask crown"), """
 - {friend} had {a_thing}, and {hero} wanted one just like it.
   {One_day}, {hero} saw that {friend} had {a_thing}.
 - "Will you trade?" asked {hero}. "I will give you [two|three|ten] {treat} for the {thing}."
