@@ -89,8 +89,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear, and on CPUs another order of the same product for the few rows of decoding.
 
-    There a float32 product with few rows reads the weights at a third of the memory's speed as
-    x Wᵀ, and at nearly all of it as W xᵀ with at least two columns (see BENCHMARKS.md).
+    There a float32 product with few rows reads the weights far slower as x Wᵀ than as W xᵀ with
+    at least two columns.
     """
 
     def forward(self, x: Tensor) -> Tensor:
