@@ -14,16 +14,23 @@ from config import GPTConfig, InputError
 
 
 def masked_softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v written out, for a torch without scaled_dot_product_attention.
 
-    q is (..., T, d); k and v are (..., S, d). is_causal lets query t see keys 0 to t.
+    q is (..., T, d); k and v are (..., S, d). attn_mask (T, S) is true where a query may look;
+    is_causal lets query t see keys 0 to t.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
     return F.dropout(scores.softmax(-1), dropout_p) @ v
 
 
@@ -111,18 +118,24 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int | Tensor = 0) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, d)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        if cache is not None:  # (2, B, n_head, context_length, d)
+        seen = None
+        if isinstance(position, Tensor):  # every shape is the same for every token
+            cache[0].index_copy_(2, position, k)
+            cache[1].index_copy_(2, position, v)
+            k, v = cache
+            seen = torch.arange(k.size(2), device=x.device)[None] <= position  # (1, context_length)
+        elif cache is not None:  # (2, B, n_head, context_length, d)
             cache[0, :, :, position : position + T] = k
             cache[1, :, :, position : position + T] = v
             k, v = cache[:, :, :, : position + T]
         # A single query is the newest token, which sees all keys there are.
-        y = attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)
+        y = attention(q, k, v, seen, self.dropout * self.training, is_causal=T > 1)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -148,7 +161,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int | Tensor = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, position)
         return x + self.mlp(self.ln_2(x))
 
@@ -198,17 +211,24 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    def hidden(self, idx: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: Tensor | None = None, position: int | Tensor = 0
+    ) -> Tensor:
         """(B, T) ids to (B, T, n_embd) final states, for tokens at `position` and after.
 
         `cache`, where given, is read and extended (see `new_cache`); T is then 1, or position 0.
+        A `position` that is a (1,) int64 tensor (T is 1) makes every shape the same for every
+        token, as a CUDA graph needs it, for the price of attending to the whole cache.
         """
-        T = idx.size(1)
-        if position + T > self.config.context_length:
-            raise InputError(
-                f"{position + T} tokens do not fit context_length {self.config.context_length}"
-            )
-        x = self.wte(idx) + self.wpe.weight[position : position + T]
+        if isinstance(position, Tensor):
+            x = self.wte(idx) + self.wpe(position)
+        else:
+            end = position + idx.size(1)
+            if end > self.config.context_length:
+                raise InputError(
+                    f"{end} tokens do not fit context_length {self.config.context_length}"
+                )
+            x = self.wte(idx) + self.wpe.weight[position:end]
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i], position)
@@ -227,11 +247,15 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
+    def next_token(self, idx: Tensor, cache: Tensor, position: int | Tensor) -> Tensor:
+        """(B, T) ids at `position` and after to the (B, vocab_size) logits of the token to come."""
+        return self.lm_head(self.hidden(idx, cache, position)[:, -1])
+
     def new_cache(self, batch_size: int) -> Tensor:
         """An empty cache of keys and values: (n_layer, 2, B, n_head, context_length, d)."""
         c, weight = self.config, self.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, c.context_length, c.n_embd // c.n_head)
-        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     def stream(
         self,
@@ -264,24 +288,36 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            seen = idx[:, -self.config.context_length :]
-            cache = self.new_cache(idx.size(0))
-            position = 0  # of the first token that the cache does not hold yet
+            B, end = idx.shape
+            context_length = self.config.context_length
+            tokens = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
+            first = cached = max(0, end - context_length)  # the window and the cache begin here
+            cache = self.new_cache(B)
+            decode = None if cache.is_cuda else self.next_token
+            rows = 1 if (idx == idx[:1]).all() else B  # of the same prompt: read once for all
             finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
             for _ in range(max_new_tokens):
-                if position == self.config.context_length:
-                    seen = seen[:, -max(1, self.config.context_length // 2) :]
-                    position = 0
-                logits = self.lm_head(self.hidden(seen[:, position:], cache, position)[:, -1])
-                position = seen.size(1)
+                if end - first > context_length:
+                    first = cached = end - max(1, context_length // 2)
+                if cached > first:  # all but the newest token is in the cache
+                    newest = tokens[:, cached:end], cache, cached - first
+                    decode = decode or GraphedDecoding(self, *newest)
+                    logits = decode(*newest)
+                else:
+                    read = tokens[:rows, first:end]
+                    logits = self.next_token(read, cache[:, :, :rows], 0).expand(B, -1)
+                    cache[:, :, rows:, :, : end - first] = cache[:, :, :1, :, : end - first]
+                    rows = B
+                cached = end
                 token = sample(logits, temperature, top_k, top_p, generator)
                 if end_of_text is not None:
                     token = token.masked_fill(finished, end_of_text)
                     finished = finished | (token == end_of_text)
+                tokens[:, end : end + 1] = token
+                end += 1
                 yield token
                 if end_of_text is not None and finished.all():
                     return
-                seen = torch.cat((seen, token), dim=1)
         finally:
             self.train(was_training)
 
@@ -291,6 +327,32 @@ class GPT(nn.Module):
         Takes the arguments of `stream`.
         """
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
+
+
+class GraphedDecoding:
+    """`GPT.next_token` for one token a row, recorded once as a CUDA graph and replayed.
+
+    A replay is one launch; without it the GPU would wait for Python between a hundred small
+    kernels.
+    """
+
+    def __init__(self, model: GPT, token: Tensor, cache: Tensor, position: int):
+        self.token = token.clone()
+        self.position = torch.full((1,), position, device=cache.device)
+        stream = torch.cuda.Stream()  # what a first call sets up must not be recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model.next_token(self.token, cache, self.position)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = model.next_token(self.token, cache, self.position)
+
+    def __call__(self, token: Tensor, cache: Tensor, position: int) -> Tensor:
+        self.token.copy_(token)
+        self.position.fill_(position)
+        self.graph.replay()
+        return self.logits
 
 
 def check_sampling(

@@ -1,6 +1,7 @@
 """The model against independent references: transformers' GPT-2, float64, and plain loops."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -116,7 +117,8 @@ def test_parameter_groups_decay_matrices_only():
 def test_masked_softmax_attention_equals_sdpa(is_causal, device):
     q, k, v = torch.randn(3, 2, 4, 16, 8, device=device, requires_grad=True).unbind()
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    assert torch.allclose(masked_softmax_attention(q, k, v, 0.0, is_causal), expected, atol=1e-5)
+    ours = masked_softmax_attention(q, k, v, is_causal=is_causal)
+    assert torch.allclose(ours, expected, atol=1e-5)
 
 
 def test_model_works_without_sdpa(monkeypatch):
@@ -201,6 +203,32 @@ def test_cached_generation_equals_the_plain_loop(sampling, device):
     )
     assert torch.equal(cached, plain)
     assert len(cached[:, 5:].unique()) > 5
+
+
+@torch.no_grad()
+def test_static_shapes_give_the_same_logits(device):
+    """The step that a CUDA graph records: position as a tensor, attention over the whole cache."""
+    model, x = small_gpt(device), ids(3, 32, device)
+    cache = model.new_cache(3).fill_(1e4)  # what has not been written must not count
+    model.next_token(x[:, :6], cache, 0)
+    for position in range(6, 32):
+        token = x[:, position : position + 1]
+        logits = model.next_token(token, cache, torch.tensor([position], device=device))
+        expected = model(x[:, : position + 1])[0][:, -1]
+        assert torch.allclose(logits, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_samples_of_one_prompt_share_its_reading(device):
+    model, x = small_gpt(device), ids(1, 9, device).expand(4, -1)
+    lengths = []
+    model.wte.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape))
+    told = model.generate(x, 12, generator=torch.Generator(device).manual_seed(0))
+    assert lengths[0] == (1, 9)
+    expected = recompute(
+        model, x, 12, partial(sample, generator=torch.Generator(device).manual_seed(0))
+    )
+    assert torch.equal(told, expected) and len(told.unique(dim=0)) == 4
 
 
 @torch.no_grad()
@@ -313,3 +341,33 @@ def test_flops_are_those_of_the_matrix_products():
     counted = counter.get_total_flops() / x.numel()
     # Biases and norms are counted as weights, attention's backward is counted with recomputation.
     assert model.flops_per_token() == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_fifty_steps_follow_the_plain_path(dtype, tolerance, device, monkeypatch):
+    """Training through the chunked loss and SDPA against full logits and a masked softmax."""
+
+    def losses(plain: bool) -> torch.Tensor:
+        model = small_gpt(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=not plain)
+        seen = []
+        for step in range(50):
+            batch = ids(8, 33, device, seed=step % 5)
+            x, y = batch[:, :-1], batch[:, 1:]
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                if plain:
+                    logits = model(x)[0].float()
+                    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+                else:
+                    loss = model(x, y)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        return torch.stack(seen)
+
+    fast = losses(plain=False)
+    monkeypatch.setattr(model_module, "attention", masked_softmax_attention)
+    plain = losses(plain=True)
+    assert plain[-1] < plain[0] - 0.5  # something was learned
+    assert ((fast - plain).abs() / plain).max() <= tolerance
