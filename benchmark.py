@@ -84,12 +84,12 @@ def training_contender(name: str, batch_size: int, device, dtype, seed: int):
     import torch
 
     from model import GPT
-    from train import build_optimizer
+    from train import build_optimizers
 
     torch.manual_seed(seed)
     model = (GPT(CONFIG) if "StoryGPT" in name else transformers_gpt2()).to(device).train()
     if "StoryGPT" in name:
-        optimizer = build_optimizer(model, TrainingConfig())
+        (optimizer,) = build_optimizers(model, TrainingConfig())
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     rows = torch.randint(CONFIG.vocab_size, (batch_size, CONFIG.context_length + 1), device=device)

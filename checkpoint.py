@@ -127,6 +127,37 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
         ) from error
 
 
+def training_state(optimizers: list, schedules: list, scaler) -> dict:
+    """What resuming needs beside the weights and the step."""
+    return {
+        "optimizer_state_dicts": [optimizer.state_dict() for optimizer in optimizers],
+        "scheduler_state_dicts": [schedule.state_dict() for schedule in schedules],
+        "scaler_state_dict": scaler.state_dict(),
+    }
+
+
+def load_training_state(checkpoint: dict, optimizers, schedules, scaler, path: Path) -> None:
+    """Puts the `training_state` in `checkpoint` back.
+
+    Raises InputError where it is not all there, or is not of these optimizers and their weights.
+    """
+    try:
+        for name, parts in (("optimizer", optimizers), ("scheduler", schedules)):
+            for part, state in zip(parts, checkpoint[f"{name}_state_dicts"], strict=True):
+                part.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        checkpoint["best_val_loss"], checkpoint["skipped_steps"]
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                if any(t.dim() and t.shape != parameter.shape for t in state.values()):
+                    raise ValueError("shape")
+    except Exception as error:  # load_state_dict raises whatever a foreign state runs into
+        raise InputError(
+            f"{path} cannot be resumed: its optimizer state does not fit its model; start without "
+            "--resume in another --checkpoint_dir"
+        ) from error
+
+
 def to_transformers(state_dict: dict) -> dict:
     """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
 

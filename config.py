@@ -96,8 +96,8 @@ class TrainingConfig:
     """Peak learning rate."""
     min_lr: float = 3e-5
     """Learning rate at the end of the cosine."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all weights, or muon for the blocks' matrices and adamw for the rest."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices and embeddings (never of biases and norms)."""
     beta1: float = 0.9

@@ -13,10 +13,11 @@ from prepare_data import SPLITS, meta_checksum
 PREPARE_AGAIN = "run `python prepare_data.py --data_dir {}` again"
 
 
-def load_meta(data_dir: Path) -> dict:
-    """What `meta.json` says of the token files beside it.
+def load_meta(data_dir: Path, vocab_size: int) -> dict:
+    """What `meta.json` says of the token files beside it, for a model of `vocab_size`.
 
-    Raises InputError where there is none or it is not as prepare_data wrote it.
+    Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
+    is not the model's.
     """
     path = Path(data_dir) / "meta.json"
     again = PREPARE_AGAIN.format(data_dir)
@@ -28,6 +29,12 @@ def load_meta(data_dir: Path) -> dict:
         raise InputError(f"{path} is damaged (not JSON): {again}") from error
     if not isinstance(meta, dict) or meta.get("sha256") != meta_checksum(meta):
         raise InputError(f"{path} is damaged or was edited (its checksum differs): {again}")
+    if meta["vocab_size"] != vocab_size:
+        raise InputError(
+            f"{data_dir} has a vocabulary of {meta['vocab_size']} where the model has {vocab_size}:"
+            f" pass the --data_dir of the model's own data, or pass --vocab_size "
+            f"{meta['vocab_size']} to train a model for this"
+        )
     return meta
 
 

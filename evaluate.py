@@ -98,13 +98,7 @@ def main() -> None:
         raise InputError(f"batch_size must be at least 1, not {arguments.batch_size}")
     device = pick_device(arguments.device)
     model, checkpoint = load_model(arguments.checkpoint, device)
-    meta = load_meta(arguments.data_dir)
-    if meta["vocab_size"] != model.config.vocab_size:
-        raise InputError(
-            f"{arguments.data_dir} has a vocabulary of {meta['vocab_size']} where "
-            f"{arguments.checkpoint} has {model.config.vocab_size}: pass the --data_dir it was "
-            "trained on"
-        )
+    meta = load_meta(arguments.data_dir, model.config.vocab_size)
     tokens = load_tokens(arguments.data_dir, arguments.split, meta, model.config.context_length)
     loss = exact_loss(model, tokens, meta["end_of_text"], arguments.batch_size)
     counts = meta["splits"][arguments.split]

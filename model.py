@@ -204,11 +204,16 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.context_length
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups: matrices and embeddings decay, biases and norms do not."""
-        parameters = list(self.parameters())
+        """Optimizer groups: the blocks' matrices, the embeddings, and the biases and norms.
+
+        The first two decay, the last does not.
+        """
+        matrices = [p for p in self.h.parameters() if p.dim() == 2]
+        vectors = [p for p in self.parameters() if p.dim() == 1]
         return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": [self.wte.weight, self.wpe.weight], "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
 
     def hidden(

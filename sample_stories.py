@@ -427,9 +427,9 @@ def tell_story(rng: random.Random) -> str:
     words |= {"thing": thing, "use": use, "used": used, "look": look, "detail": details[thing]}
     words |= {"a_thing": with_article(f"{look} {thing}"), "a_kind": with_article(words["kind"])}
     words |= {symbol.capitalize(): word[:1].upper() + word[1:] for symbol, word in words.items()}
-    story = " ".join(expand(rng.choice(ways), words, rng) for ways in BEATS[plot])
-    # Elsewhere a space comes before the name, and byte-level BPE has other tokens without it.
-    return f"Little {story}" if story.startswith(words["hero"]) else story
+    # Naming both in the same place of every story is what a small model learns to keep them by.
+    opening = f"This is the story of {words['hero']} and the {thing}."
+    return " ".join([opening, *(expand(rng.choice(ways), words, rng) for ways in BEATS[plot])])
 
 
 def sample_stories(num_stories: int, seed: int = 0) -> Iterator[str]:

@@ -35,8 +35,10 @@ from checkpoint import (
     FINAL,
     LATEST,
     load_checkpoint,
+    load_training_state,
     load_weights,
     save_checkpoint,
+    training_state,
     write_atomically,
 )
 from cli import parse_flags, progress_bar, run
@@ -127,14 +129,19 @@ def check_same_run(checkpoint: dict, arguments: Arguments) -> None:
         )
 
 
-def build_optimizer(model: GPT, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101)."""
-    return torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Fused AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101) for all weights; with
+    `optimizer="muon"`, Muon (Jordan et al., 2024) for the blocks' matrices and AdamW for the rest.
+
+    Muon's updates are scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), so
+    that both follow the same learning rate.
+    """
+    groups, muon = model.parameter_groups(config.weight_decay), []
+    if config.optimizer == "muon":
+        matrices = groups.pop(0)
+        muon = [torch.optim.Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]
+    betas = (config.beta1, config.beta2)
+    return [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True), *muon]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LRScheduler:
@@ -271,13 +278,7 @@ def main() -> None:
     master = rank == 0
 
     # Data
-    meta = load_meta(arguments.data_dir)
-    if meta["vocab_size"] != gpt_config.vocab_size:
-        raise InputError(
-            f"{arguments.data_dir} has a vocabulary of {meta['vocab_size']} where the model has "
-            f"{gpt_config.vocab_size}: pass --vocab_size {meta['vocab_size']}, or prepare the data "
-            f"with --vocab_size {gpt_config.vocab_size}"
-        )
+    meta = load_meta(arguments.data_dir, gpt_config.vocab_size)
     if resumed and resumed.get("data_sha256") != meta["sha256"]:
         raise InputError(
             f"the data in {arguments.data_dir} is not what the run in {directory} was trained on: "
@@ -300,8 +301,8 @@ def main() -> None:
     model = GPT(gpt_config).to(device)
     if resumed:
         load_weights(model, resumed["model_state_dict"], directory / LATEST)
-    optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config)
+    optimizers = build_optimizers(model, config)
+    schedules = [build_schedule(optimizer, config) for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     compile_model = config.compile if config.compile is not None else device.type == "cuda"
     compiled = torch.compile(model) if compile_model else model
@@ -312,20 +313,9 @@ def main() -> None:
 
     step, val_loss, best_val_loss, skipped_steps = 0, math.inf, math.inf, 0
     if resumed:
-        try:
-            optimizer.load_state_dict(resumed["optimizer_state_dict"])
-            schedule.load_state_dict(resumed["scheduler_state_dict"])
-            scaler.load_state_dict(resumed["scaler_state_dict"])
-            step, val_loss = resumed["step"], resumed["val_loss"]
-            best_val_loss, skipped_steps = resumed["best_val_loss"], resumed["skipped_steps"]
-            for parameter, state in optimizer.state.items():
-                if any(t.dim() and t.shape != parameter.shape for t in state.values()):
-                    raise ValueError("shape")
-        except Exception as error:  # load_state_dict raises whatever a foreign state runs into
-            raise InputError(
-                f"{directory / LATEST} cannot be resumed: its optimizer state does not fit its "
-                "model; start without --resume in another --checkpoint_dir"
-            ) from error
+        load_training_state(resumed, optimizers, schedules, scaler, directory / LATEST)
+        step, val_loss = resumed["step"], resumed["val_loss"]
+        best_val_loss, skipped_steps = resumed["best_val_loss"], resumed["skipped_steps"]
         del resumed
 
     def weights() -> dict:
@@ -344,13 +334,11 @@ def main() -> None:
         with open(metrics_path, "rb") as file:  # a checkpoint never outlives its steps' metrics
             os.fsync(file.fileno())
         state = {
-            "optimizer_state_dict": optimizer.state_dict(),
-            "scheduler_state_dict": schedule.state_dict(),
-            "scaler_state_dict": scaler.state_dict(),
             "best_val_loss": best_val_loss,
             "skipped_steps": skipped_steps,
             "data_sha256": meta["sha256"],
         }
+        state |= training_state(optimizers, schedules, scaler)
         save_checkpoint(directory / LATEST, weights() | state)
 
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * context_length
@@ -416,12 +404,16 @@ def main() -> None:
                     _, loss = wrapped(x, y)
                 scaler.scale(loss / own_micro_batches).backward()
                 loss_sum += loss.detach()
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
+            # float16 overflowed: no optimizer steps, also where its own gradients are finite
+            skipped = scaler.is_enabled() and not grad_norm.isfinite()
+            for optimizer in optimizers:
+                if not skipped:
+                    scaler.step(optimizer)
+                optimizer.zero_grad()
             scaler.update()
-            optimizer.zero_grad()
 
             # The one host-device synchronization of a step.
             report = torch.stack(
@@ -432,12 +424,11 @@ def main() -> None:
                 report[:2] /= world_size
             train_loss, grad_norm, stops = report.tolist()
             stop = stops > 0  # all processes stop after the same step
-            learning_rate = schedule.get_last_lr()[0]
-            skipped = scaler.get_scale() < scale  # float16 overflowed: the optimizer did not step
-            if skipped:
-                skipped_steps += 1
-            else:
-                schedule.step()
+            learning_rate = schedules[0].get_last_lr()[0]
+            skipped_steps += skipped
+            for schedule in schedules:
+                if not skipped:
+                    schedule.step()
             # A healthy scale settles far above this; below it every step is being skipped.
             collapsed = scaler.is_enabled() and scaler.get_scale() < 2**-14
             finite = math.isfinite(train_loss) and (math.isfinite(grad_norm) or skipped)

@@ -536,13 +536,7 @@ def find_meta(data_dir: Path, vocab_size: int) -> dict | None:
             "--data_dir says where it is"
         )
         return None
-    meta = load_meta(data_dir)
-    if meta["vocab_size"] != vocab_size:
-        raise InputError(
-            f"{data_dir} has a vocabulary of {meta['vocab_size']} where the checkpoint has "
-            f"{vocab_size}: pass the --data_dir it was trained on"
-        )
-    return meta
+    return load_meta(data_dir, vocab_size)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def test_defaults_are_the_reference():
         (TrainingConfig, {"min_lr": 1.0}, "min_lr 1.0 is above learning_rate 0.0003"),
         (TrainingConfig, {"learning_rate": -1}, "learning_rate must be a number of at least 0"),
         (TrainingConfig, {"learning_rate": float("inf")}, "learning_rate must be a number"),
-        (TrainingConfig, {"optimizer": "sgd"}, "optimizer must be one of adamw"),
+        (TrainingConfig, {"optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
         (TrainingConfig, {"dtype": "float8"}, "dtype must be one of auto, float32"),
         (TrainingConfig, {"beta2": 1.0}, "beta2 must be at least 0 and below 1"),
     ],

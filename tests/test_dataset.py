@@ -88,20 +88,29 @@ def flip_a_byte(path):
         (lambda d: (d / "train.bin").write_bytes(b"123"), "has 3 bytes where meta.json says"),
         (lambda d: shutil.copy(d / "validation.bin", d / "train.bin"), "bytes where meta.json"),
         (lambda d: flip_a_byte(d / "train.bin"), "checksum differs"),
-        (lambda d: change_meta(d, lambda m: m.update(vocab_size=300)), "outside its vocabulary"),
     ],
 )
 def test_damage_is_named(damage, says, data_dir, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data_dir, folder)
-    assert len(load_tokens(folder, "train", load_meta(folder), 64)) > 1_000_000
+    assert len(load_tokens(folder, "train", load_meta(folder, 512), 64)) > 1_000_000
     damage(folder)
     with pytest.raises(InputError, match=says) as error:
-        load_tokens(folder, "train", load_meta(folder), 64)
+        load_tokens(folder, "train", load_meta(folder, 512), 64)
     assert "python prepare_data.py --data_dir" in str(error.value)
 
 
+def test_ids_and_models_of_another_vocabulary_are_named(data_dir, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    change_meta(folder, lambda meta: meta.update(vocab_size=300))
+    with pytest.raises(InputError, match="outside its vocabulary"):
+        load_tokens(folder, "train", load_meta(folder, 300), 64)
+    with pytest.raises(InputError, match="pass --vocab_size 300 to train"):
+        load_meta(folder, 512)
+
+
 def test_split_shorter_than_a_window_is_named(data_dir):
-    meta = load_meta(data_dir)
+    meta = load_meta(data_dir, 512)
     with pytest.raises(InputError, match="too few for one window"):
         load_tokens(data_dir, "validation", meta, meta["splits"]["validation"]["tokens"])

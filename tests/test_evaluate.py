@@ -27,7 +27,7 @@ def test_agrees_with_float64(script, run_dir, data_dir):
     assert result.code == 0, result.output
     model, _ = load_model(run_dir / "StoryGPT_best.pt")
     model.double()
-    meta = load_meta(data_dir)
+    meta = load_meta(data_dir, 512)
     counts = meta["splits"]["validation"]
     tokens = load_tokens(data_dir, "validation", meta, 64).astype(np.int64)
     stream = torch.from_numpy(np.concatenate(([meta["end_of_text"]], tokens)))

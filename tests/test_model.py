@@ -104,13 +104,14 @@ def test_initialization_is_gpt2s():
 
 def test_parameter_groups_decay_matrices_only():
     model = small_gpt()
-    decayed, plain = model.parameter_groups(0.1)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
-    assert {names[id(p)] for p in plain["params"]} == {
-        n for n in names.values() if "ln" in n or n.endswith("bias")
-    }
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    groups = model.parameter_groups(0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    matrices, embeddings, vectors = ([names[id(p)] for p in g["params"]] for g in groups)
+    assert all(n.startswith("h.") and ".c_" in n and n.endswith("weight") for n in matrices)
+    assert embeddings == ["wte.weight", "wpe.weight"]
+    assert sorted(vectors) == sorted(n for n in names.values() if "ln" in n or n.endswith("bias"))
+    assert len(matrices) + len(embeddings) + len(vectors) == len(names)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

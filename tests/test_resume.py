@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -56,10 +57,16 @@ def assert_same_run(folder, reference) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(script, data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    result = script("train.py", *flags_of(data_dir, folder))
-    assert result.code == 0, result.output
-    return folder
+    """The folder of a whole run with that optimizer."""
+
+    @cache
+    def run(optimizer="adamw"):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        result = script("train.py", *flags_of(data_dir, folder), "--optimizer", optimizer)
+        assert result.code == 0, result.output
+        return folder
+
+    return run
 
 
 def wait_for_step(process, folder, step: int) -> None:
@@ -69,11 +76,17 @@ def wait_for_step(process, folder, step: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("stops", [(30,), (5, 39, 41, 77, 110)])
-def test_interrupted_run_is_bit_identical(stops, script, data_dir, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "stops"),
+    [("adamw", (30,)), ("adamw", (5, 39, 41, 77, 110)), ("muon", (9, 50, 81))],
+)
+def test_interrupted_run_is_bit_identical(
+    optimizer, stops, script, data_dir, undisturbed, tmp_path
+):
+    flags = [*flags_of(data_dir, tmp_path), "--optimizer", optimizer]
     for number, step in enumerate(stops):
         resume = ["--resume"] if number else []
-        process = script.start("train.py", *flags_of(data_dir, tmp_path), *resume)
+        process = script.start("train.py", *flags, *resume)
         wait_for_step(process, tmp_path, step)
         os.kill(process.pid, [signal.SIGINT, signal.SIGTERM][number % 2])
         process.join(60)
@@ -86,7 +99,7 @@ def test_interrupted_run_is_bit_identical(stops, script, data_dir, undisturbed, 
     # As printed: the other flags come from the checkpoint.
     result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path)
     assert result.code == 0, result.output
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed(optimizer))
 
 
 def test_a_second_signal_leaves_at_once(script, data_dir, tmp_path):
@@ -135,7 +148,7 @@ def test_killed_20_times_and_still_bit_identical(
             assert reached - 4 <= kept
     result = script("train.py", *flags_of(data_dir, tmp_path), "--resume")
     assert result.code == 0, result.output
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed())
     assert saves >= 3
     assert not list(tmp_path.glob(".*.tmp"))
     record_property("SIGKILLs", f"{kills}, {saves} of them in the middle of a save")
@@ -172,14 +185,15 @@ def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp
 def test_foreign_optimizer_state_is_refused(fails, data_dir, run_dir, tmp_path):
     latest = load_checkpoint(run_dir / "StoryGPT_latest.pt")
     flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path]
-    state = latest["optimizer_state_dict"]
+    (state,) = latest["optimizer_state_dicts"]
     for changed in (
-        {k: v for k, v in latest.items() if k != "optimizer_state_dict"},
-        latest | {"optimizer_state_dict": {"state": {}, "param_groups": []}},
-        latest | {"optimizer_state_dict": state | {"state": {
+        {k: v for k, v in latest.items() if k != "optimizer_state_dicts"},
+        latest | {"optimizer_state_dicts": []},
+        latest | {"optimizer_state_dicts": [{"state": {}, "param_groups": []}]},
+        latest | {"optimizer_state_dicts": [state | {"state": {
             k: v | {"exp_avg": torch.zeros(3)} for k, v in state["state"].items()
-        }}},
-        latest | {"scaler_state_dict": None, "scheduler_state_dict": 3},
+        }}]},
+        latest | {"scaler_state_dict": None, "scheduler_state_dicts": 3},
     ):  # fmt: skip
         save_checkpoint(tmp_path / "StoryGPT_latest.pt", changed)
         fails("train.py", *flags, says="cannot be resumed")

@@ -14,7 +14,7 @@ from checkpoint import load_checkpoint
 from config import GPTConfig, TrainingConfig
 from dataset import load_meta, load_tokens, training_batch, validation_starts
 from model import GPT
-from train import build_optimizer, build_schedule, draw_loss_plot, estimate_loss
+from train import build_optimizers, build_schedule, draw_loss_plot, estimate_loss
 
 
 def metrics_of(folder) -> list[dict]:
@@ -53,7 +53,7 @@ def test_reported_losses_are_those_of_a_plain_float64_loop(script, data_dir, tmp
     config = checkpoint["training_config"]
     torch.manual_seed(config.seed)
     model = GPT(checkpoint["gpt_config"]).double()
-    meta = load_meta(data_dir)
+    meta = load_meta(data_dir, 512)
     tokens, val_tokens = (load_tokens(data_dir, s, meta, 64) for s in ("train", "validation"))
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
 
@@ -92,10 +92,33 @@ def test_reported_losses_are_those_of_a_plain_float64_loop(script, data_dir, tmp
             assert line["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_muon_orthogonalizes_the_blocks_matrices_and_leaves_the_rest_to_adamw():
+    config = TrainingConfig(
+        optimizer="muon", learning_rate=0.01, min_lr=0, weight_decay=0.0, max_steps=2_000
+    )
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = torch.randint(300, (8, 17))
+    model(x[:, :-1], x[:, 1:])[1].backward()
+    for optimizer in build_optimizers(model, config):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        update = (before[name] - p.detach()) / 0.01
+        if name.startswith("h.") and p.dim() == 2:
+            # U Vᵀ of the gradient U S Vᵀ, as far as five Newton-Schulz steps go, 0.2 √max(shape)
+            u, s, vt = torch.linalg.svd(p.grad, full_matrices=False)
+            along = ((u.T @ update @ vt.T) / (0.2 * max(p.shape) ** 0.5)).diagonal()[s > 0.1 * s[0]]
+            assert along.min() > 0.6 and along.max() < 1.3, name
+        else:  # Adam's first step is the sign of the gradient
+            moved = p.grad.abs() > 1e-5
+            assert torch.allclose(update[moved], p.grad[moved].sign(), atol=1e-2), name
+
+
 def test_schedule_is_the_references():
     config = TrainingConfig(max_steps=500, warmup_steps=100, learning_rate=3e-4, min_lr=3e-5)
     model = GPT(GPTConfig(vocab_size=300, context_length=8, n_layer=1, n_head=1, n_embd=8))
-    optimizer = build_optimizer(model, config)
+    (optimizer,) = build_optimizers(model, config)
     schedule = build_schedule(optimizer, config)
     rates = []
     for _ in range(500):
@@ -112,7 +135,7 @@ def test_schedule_is_the_references():
 def test_evaluation_leaves_training_as_it_was(data_dir):
     config = TrainingConfig(batch_size=4, eval_iters=2)
     model = GPT(GPTConfig(vocab_size=512, context_length=64, n_layer=1, n_head=1, n_embd=16))
-    tokens = load_tokens(data_dir, "validation", load_meta(data_dir), 64)
+    tokens = load_tokens(data_dir, "validation", load_meta(data_dir, 512), 64)
     model.train()
     precision = torch.autocast("cpu", enabled=False)
     losses = {estimate_loss(model, tokens, config, 64, precision) for _ in range(3)}

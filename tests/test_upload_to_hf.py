@@ -82,7 +82,7 @@ def make_run(folder: Path, **changes) -> SimpleNamespace:
         "step": 1000,
         "val_loss": 3.5,
     }
-    save_checkpoint(folder / BEST, checkpoint | {"optimizer_state_dict": {"secret": 1}})
+    save_checkpoint(folder / BEST, checkpoint | {"optimizer_state_dicts": {"secret": 1}})
     (folder / "loss_plot.png").write_bytes(PLOT)
     counts = {"stories": 10, "tokens": 1000, "bytes": 4000}
     meta = {"vocab_size": config.vocab_size, "dataset": "roneneldan/TinyStories"}
