@@ -268,6 +268,8 @@ def main() -> None:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # While a process waits for the others, a handler in Python would not get its turn.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The launcher's store outlives a restart: the addresses in it are of dead workers.
