@@ -274,7 +274,14 @@ def main() -> None:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # While a process waits for the others, a handler in Python would not get its turn.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The launcher's store outlives a restart: the addresses in it are of dead workers.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     master = rank == 0
 
     # Data
