@@ -205,6 +205,7 @@ def load_folder(folder: Path) -> dict:
                 context_length=config["n_positions"],
                 dropout=config["resid_pdrop"],
                 bias=ours["bias"],
+                init_std=config["initializer_range"],
                 **{key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
             ),
             "step": int(ours["step"]),

@@ -43,12 +43,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The named precision; for `auto`, bfloat16 where a GPU has it, else float16, else float32."""
+    """The named precision; for `auto`, bfloat16 where the GPU or CPU has instructions for it, else
+    float16 on CUDA and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    return torch.float32
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -118,6 +118,7 @@ def config_files(checkpoint: dict) -> dict[str, dict]:
             "n_embd": config.n_embd,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
+            "initializer_range": config.init_std,
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
             **ids,
             "tie_word_embeddings": True,

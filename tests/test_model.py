@@ -89,15 +89,17 @@ def test_loss_and_gradients_equal_transformers(device):
         assert torch.allclose(ours.grad, grad, rtol=1e-3, atol=1e-6), name
 
 
-def test_initialization_is_gpt2s():
+@pytest.mark.parametrize("changes", [{}, {"init_std": 0.09}])
+def test_initialization_is_gpt2s(changes):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
+    model = GPT(GPTConfig(vocab_size=1000, n_layer=8, n_head=4, n_embd=128, **changes))
+    init_std = changes.get("init_std", 0.02)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             expected = 1.0 if "ln" in name and "weight" in name else 0.0
             assert (parameter == expected).all(), name
         else:
-            std = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02
+            std = init_std / math.sqrt(2 * 8) if "c_proj" in name else init_std
             assert abs(parameter.std().item() / std - 1) < 0.03, name
             assert abs(parameter.mean().item()) < 0.1 * std, name
 
