@@ -109,10 +109,9 @@ def test_a_second_signal_leaves_at_once(script, data_dir, tmp_path):
     while "0%" not in process.output.read_text():
         time.sleep(0.01)
     time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(2)
+    while process.is_alive():  # two that come within one operation count as one
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.1)
     assert process.exitcode == -signal.SIGINT
     assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"] == 0
 
