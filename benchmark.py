@@ -7,6 +7,7 @@ Needs requirements-dev.txt (transformers).
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -122,7 +123,10 @@ def peak_memory(name: str, batch_size: int, device_name: str, dtype_name: str, s
     step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")  # on Linux ru_maxrss begins at what the parent had
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_training(arguments: Arguments, device, dtype) -> dict:

@@ -47,28 +47,30 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, keep_gradients: bool) -> Tensor:
-        """x (N, C), weight (V, C) of the same dtype, targets (N,) to a () float32 loss."""
+        """x (N, C), weight (V, C), targets (N,) to a () float32 loss; products in x's dtype."""
         num_classes, on_gpu = len(weight), x.is_cuda
+        weight = weight.to(x.dtype)
         if on_gpu:  # tensor cores want rows that start at aligned addresses
             weight = F.pad(weight, (0, 0, 0, -num_classes % 64))
-        # Large enough to fill the device, small enough to stay in a CPU's cache.
-        rows = max(256, (2**27 if on_gpu else 2**21) // num_classes)
+        # Few chunks, as each adds to all of weight_grad; but float32 fills a CPU's caches early.
+        rows = max(
+            256, (2**21 if x.dtype == torch.float32 and not on_gpu else 2**26) // num_classes
+        )
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         if keep_gradients:
             x_grad = torch.empty_like(x)
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         for first in range(0, len(x), rows):
             chunk, chunk_targets = x[first : first + rows], targets[first : first + rows, None]
-            logits = (chunk @ weight.T).float()
+            logits = chunk @ weight.T
             logits[:, num_classes:] = -math.inf
-            chosen, largest = logits.gather(1, chunk_targets), logits.amax(-1, keepdim=True)
-            error = logits.sub_(largest).exp_()  # in place: the logits are the largest tensor
-            total = error.sum(-1, keepdim=True)
-            loss += (total.log() + largest - chosen).sum()
-            if keep_gradients:
-                error /= total
-                error.scatter_add_(1, chunk_targets, -torch.ones_like(total))  # minus one-hot
-                error = error.to(x.dtype)
+            error = logits.softmax(-1)
+            # the log of the softmax's denominator, from its largest entry, which is never tiny
+            log_total = logits.amax(-1, keepdim=True).float() - error.amax(-1, True).float().log()
+            log_probability = logits.gather(1, chunk_targets).float() - log_total
+            loss -= log_probability.sum()
+            if keep_gradients:  # softmax minus one-hot, with all digits of a target nearly certain
+                error.scatter_(1, chunk_targets, log_probability.expm1().to(error.dtype))
                 x_grad[first : first + rows] = error @ weight
                 weight_grad += error.T @ chunk
         if keep_gradients:
@@ -88,9 +90,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Under autocast the products run in its dtype; softmax and sums are always float32.
     """
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled()) / len(x)
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):  # it would have the softmax in float32
+        return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled()) / len(x)
 
 
 class Linear(nn.Linear):
