@@ -19,7 +19,7 @@ from dataset import load_meta, load_tokens
 from evaluate import exact_loss
 
 RECIPES = ("adamw", "muon", "muon-60%")
-VOCABULARIES = ("vocab-50257", "vocab-16384", "vocab-8192", "vocab-4096")
+VOCABULARIES = ("vocab-16384", "vocab-8192", "vocab-4096")
 
 
 @dataclass(frozen=True)
