@@ -205,8 +205,11 @@ def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_leaves_the_old_files(number, script, tmp_path):
+    stories, tmp_path = tmp_path / "stories.txt", tmp_path / "data"
+    tmp_path.mkdir()
     (tmp_path / "meta.json").write_text("old")
-    process = script.start("prepare_data.py", "--dataset", "sample", "--data_dir", tmp_path)
+    stories.write_text(("Tom had a red kite. " * 50 + "\n<|endoftext|>\n") * 100_000)  # for seconds
+    process = script.start("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path)
     while not list(tmp_path.glob(".prepare-*/train.bin")):
         assert process.is_alive()
         time.sleep(0.001)
