@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from config import GPTConfig, InputError
-from model import GPT, linear_cross_entropy, masked_softmax_attention, sample
+from model import GPT, dropout, linear_cross_entropy, masked_softmax_attention, sample
 
 SMALL = GPTConfig(vocab_size=301, context_length=32, n_layer=3, n_head=4, n_embd=48, dropout=0.0)
 
@@ -132,6 +132,37 @@ def test_model_works_without_sdpa(monkeypatch):
     torch.manual_seed(0)
     dropped = masked_softmax_attention(*torch.ones(3, 1, 1, 64, 64).unbind(), dropout_p=0.5)
     assert dropped.std() > 0.05  # without dropout all are 1
+
+
+def test_training_drops_attention_weights_as_sdpa_does(device):
+    torch.manual_seed(0)
+    model = small_gpt(dropout=0.2).to(device).train()
+    layer, x = model.h[0].attn, torch.randn(1, 16, 48, device=device)
+    with torch.no_grad():
+        mean = sum(layer(x) for _ in range(4000)) / 4000
+        expected = layer.eval()(x)
+    # dropping weights and outputs moves no mean; of 4,000 draws it strays by about 1 %
+    assert torch.allclose(mean, expected, atol=0.1 * expected.std().item())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
+def test_dropout_drops_each_entry_by_itself_and_scales_the_rest(p, device):
+    torch.manual_seed(0)
+    x = (torch.rand(1013, 997, device=device) + 1).requires_grad_()  # an odd number of entries
+    y = dropout(x, p)
+    kept = y != 0
+    assert torch.allclose(y[kept], x[kept] / (1 - p))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(gradient, kept / (1 - p))
+    # neighbours, which may come from one random number, are dropped independently
+    dropped = ~kept.flatten()
+    for probability, share in (
+        (p, dropped.double().mean()),
+        *((p * p, (dropped[n:] & dropped[:-n]).double().mean()) for n in (1, 2, 3, 4, 997)),
+    ):
+        deviation = math.sqrt(probability * (1 - probability) / x.numel())
+        assert abs(share.item() - probability) < 5 * deviation
+    assert not torch.equal(y, dropout(x, p))
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 700])
