@@ -113,19 +113,35 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, and on CPUs another order of the same product for the few rows of decoding.
+    """nn.Linear, and on CPUs faster ways to the same product for the few rows of decoding.
 
-    There a float32 product with few rows reads the weights far slower as x Wᵀ than as W xᵀ with
-    at least two columns.
+    There a CPU spends longer on arranging the weights for its vector units than on multiplying,
+    so `pack` has oneDNN arrange a copy of them once for all tokens of a story. For up to four
+    float32 rows W xᵀ is faster still, given at least two columns.
     """
 
+    packed: Tensor | None = None
+
+    def pack(self, rows: int | None) -> None:
+        """Packs for inputs of `rows` rows, where oneDNN can and it pays; None drops the copy."""
+        onednn, weight, self.packed = torch.ops.mkldnn, self.weight.detach(), None
+        if rows is None or not weight.is_cpu or not torch.backends.mkldnn.is_available():
+            return
+        if not hasattr(onednn, "_linear_pointwise"):  # torch does not promise the name
+            return
+        half = weight.dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported()
+        if half or (weight.dtype == torch.float32 and rows > 4):
+            self.packed = onednn._reorder_linear_weight(weight, rows)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         rows = x.numel() // self.in_features
-        if rows > 8 or x.is_cuda or torch.is_grad_enabled() or x.dtype != torch.float32:
+        if rows > 4 or not x.is_cpu or torch.is_grad_enabled() or x.dtype != torch.float32:
             return super().forward(x)
-        few = x.reshape(rows, -1)
-        few = few.repeat(2, 1) if rows == 1 else few
-        y = (self.weight @ few.T).T[:rows].contiguous().view(*x.shape[:-1], self.out_features)
+        size, x = x.shape[:-1], x.reshape(rows, -1)
+        x = torch.cat((x, x)) if rows == 1 else x
+        y = (self.weight @ x.T).T[:rows].contiguous().view(*size, self.out_features)
         return y if self.bias is None else y + self.bias
 
 
@@ -139,26 +155,23 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: Tensor | None = None, position: int | Tensor = 0) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, d)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, d)
         seen = None
         if isinstance(position, Tensor):  # every shape is the same for every token
-            cache[0].index_copy_(2, position, k)
-            cache[1].index_copy_(2, position, v)
+            cache.index_copy_(3, position, qkv[1:].to(cache.dtype))
             k, v = cache
             seen = torch.arange(k.size(2), device=x.device)[None] <= position  # (1, context_length)
         elif cache is not None:  # (2, B, n_head, context_length, d)
-            cache[0, :, :, position : position + T] = k
-            cache[1, :, :, position : position + T] = v
+            cache[:, :, :, position : position + T] = qkv[1:]
             k, v = cache[:, :, :, : position + T]
         # A single query is the newest token, which sees all keys there are.
         p = self.dropout * self.training
         # With dropout torch writes attention out on CPUs too, and draws its masks slowly.
         attend = masked_softmax_attention if p and x.device.type == "cpu" else attention
-        y = attend(q, k, v, seen, p, is_causal=T > 1)
-        return dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
+        y = attend(q.to(k.dtype), k, v, seen, p, is_causal=T > 1)
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)
+        return dropout(self.c_proj(y), p)
 
 
 class MLP(nn.Module):
@@ -279,10 +292,20 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(idx, cache, position)[:, -1])
 
     def new_cache(self, batch_size: int) -> Tensor:
-        """An empty cache of keys and values: (n_layer, 2, B, n_head, context_length, d)."""
+        """An empty cache of keys and values: (n_layer, 2, B, n_head, context_length, d).
+
+        In float32 on CPUs, whose attention for a single query is several times slower in bfloat16.
+        """
         c, weight = self.config, self.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, c.context_length, c.n_embd // c.n_head)
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        dtype = torch.float32 if weight.is_cpu else weight.dtype
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    def pack(self, rows: int | None) -> None:
+        """Packs the weights of all products, see `Linear.pack`."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(rows)
 
     def stream(
         self,
@@ -320,7 +343,7 @@ class GPT(nn.Module):
             tokens = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
             first = cached = max(0, end - context_length)  # the window and the cache begin here
             cache = self.new_cache(B)
-            decode = None if cache.is_cuda else self.next_token
+            decode = None
             rows = 1 if (idx == idx[:1]).all() else B  # of the same prompt: read once for all
             finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
             for _ in range(max_new_tokens):
@@ -328,7 +351,12 @@ class GPT(nn.Module):
                     first = cached = end - max(1, context_length // 2)
                 if cached > first:  # all but the newest token is in the cache
                     newest = tokens[:, cached:end], cache, cached - first
-                    decode = decode or GraphedDecoding(self, *newest)
+                    if decode is None and cache.is_cuda:
+                        decode = GraphedDecoding(self, *newest)
+                    elif decode is None:
+                        decode = self.next_token
+                        if max_new_tokens >= 32:  # fewer do not earn what packing costs
+                            self.pack(B)
                     logits = decode(*newest)
                 else:
                     read = tokens[:rows, first:end]
@@ -346,6 +374,7 @@ class GPT(nn.Module):
                 if end_of_text is not None and finished.all():
                     return
         finally:
+            self.pack(None)
             self.train(was_training)
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:

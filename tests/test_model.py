@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from config import GPTConfig, InputError
-from model import GPT, dropout, linear_cross_entropy, masked_softmax_attention, sample
+from model import GPT, Linear, dropout, linear_cross_entropy, masked_softmax_attention, sample
 
 SMALL = GPTConfig(vocab_size=301, context_length=32, n_layer=3, n_head=4, n_embd=48, dropout=0.0)
 
@@ -252,6 +252,39 @@ def test_static_shapes_give_the_same_logits(device):
         assert torch.allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@torch.no_grad()
+def test_packed_products_equal_float64(dtype, tolerance, bias, device):
+    torch.manual_seed(0)
+    layer = Linear(70, 91, bias=bias).to(device, dtype)
+    for rows in (1, 2, 3, 4, 5, 8, 64):
+        x = torch.randn(rows, 1, 70, device=device, dtype=dtype)
+        b = layer.bias.double() if bias else None
+        expected = F.linear(x.double(), layer.weight.double(), b)
+        for pack in (None, rows):
+            layer.pack(pack)
+            assert torch.allclose(layer(x).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_story_uses_the_weights_of_its_time():
+    model, x = small_gpt(), ids(8, 4)
+    first = model.generate(x, 40, temperature=0)
+    with torch.no_grad():
+        model.h[0].mlp.c_proj.weight.mul_(-1)
+    fresh = small_gpt()
+    fresh.load_state_dict(model.state_dict())
+    second = model.generate(x, 40, temperature=0)
+    assert torch.equal(second, fresh.generate(x, 40, temperature=0))
+    assert not torch.equal(first, second)
+
+    stream = model.stream(x, 40, temperature=0)
+    next(stream), next(stream)
+    assert (model.lm_head.packed is not None) == torch.backends.mkldnn.is_available()
+    stream.close()  # a story left before its end
+    assert all(m.packed is None for m in model.modules() if isinstance(m, Linear))
+
+
 @torch.no_grad()
 def test_samples_of_one_prompt_share_its_reading(device):
     model, x = small_gpt(device), ids(1, 9, device).expand(4, -1)
@@ -265,9 +298,10 @@ def test_samples_of_one_prompt_share_its_reading(device):
     assert torch.equal(told, expected) and len(told.unique(dim=0)) == 4
 
 
+@pytest.mark.parametrize("rows", [2, 8])  # on CPUs eight rows are worth packing for
 @torch.no_grad()
-def test_past_the_context_the_last_half_is_read_again(device):
-    model, x = small_gpt(device), ids(2, 3, device)
+def test_past_the_context_the_last_half_is_read_again(rows, device):
+    model, x = small_gpt(device), ids(rows, 3, device)
     told = model.generate(x, 100, temperature=0)
     expected, window = x, x
     for _ in range(100):
