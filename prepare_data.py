@@ -85,14 +85,14 @@ def read_text_files(paths: list[Path]) -> Iterator[str]:
             yield "".join(lines).strip("\n")
 
 
-def read_columns(dataset, name: str, text_column: str) -> Iterator[list[str]]:
-    """The stories of one split of a `datasets` data set."""
+def read_columns(tables: Iterable, name: str, text_column: str) -> Iterator[list[str]]:
+    """The stories of one split, from Arrow tables or record batches."""
     try:
-        for batch in dataset.with_format("arrow").iter(batch_size=BATCH):
-            if text_column not in batch.column_names:
+        for batch in tables:
+            if text_column not in batch.schema.names:
                 raise InputError(
                     f"{name} has no column {text_column!r}: pass --text_column with one of "
-                    + ", ".join(batch.column_names)
+                    + ", ".join(batch.schema.names)
                 )
             stories = batch[text_column].to_pylist()
             if wrong := set(map(type, stories)) - {str, type(None)}:
@@ -119,8 +119,11 @@ def quiet_datasets():
     return datasets
 
 
-def open_hub_dataset(name: str):
-    """Downloads `name`, or takes it from the local cache where the Hub cannot be reached."""
+def open_hub_dataset(name: str) -> dict[str, tuple[Iterator, int]]:
+    """Arrow tables and count of stories by split of a data set on the Hub.
+
+    Downloads it, or takes it from the local cache where the Hub cannot be reached.
+    """
     datasets = quiet_datasets()
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -142,7 +145,8 @@ def open_hub_dataset(name: str):
         reachable = False
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(name)
+        splits = datasets.load_dataset(name)
+        return {s: (d.with_format("arrow").iter(BATCH), len(d)) for s, d in splits.items()}
     except Exception as error:
         if reachable:
             raise InputError(f"cannot load {name}: {_one_line(error)}") from error
@@ -187,23 +191,44 @@ def open_stories(arguments: Arguments) -> tuple[dict[str, Iterator[list[str]]], 
     found = {"train": dataset[train]}
     if validation not in (None, train):
         found["validation"] = dataset[validation]
-    sized = all(hasattr(split, "__len__") for split in found.values())
+    counts = [count for _, count in found.values()]
     return (
-        {s: read_columns(d, name, arguments.text_column) for s, d in found.items()},
-        sum(map(len, found.values())) if sized else None,
+        {s: read_columns(t, name, arguments.text_column) for s, (t, _) in found.items()},
+        None if None in counts else sum(counts),
     )
 
 
-def open_local_dataset(path: Path):
-    """A folder or file as `datasets` reads it, streamed: no copy of it is left in a cache."""
-    load_dataset = quiet_datasets().load_dataset
+def open_local_dataset(path: Path) -> dict[str, tuple[Iterator, int | None]]:
+    """A folder or file as `datasets` finds it: Arrow tables and count of stories by split.
+
+    Streamed: no copy of it is left in a cache. Parquet files are left to pyarrow, as the scanner
+    that `datasets` streams them with reads up to a gigabyte ahead.
+    """
+    load_dataset_builder = quiet_datasets().load_dataset_builder
     try:
         if path.is_dir():
-            return load_dataset(str(path), streaming=True)
-        kind = FILE_TYPES[path.suffix]
-        return load_dataset(kind, data_files={"train": str(path)}, streaming=True)
+            builder = load_dataset_builder(str(path))
+        else:
+            files = {"train": str(path)}
+            builder = load_dataset_builder(FILE_TYPES[path.suffix], data_files=files)
+        if builder.info.builder_name == "parquet":
+            return {s: read_parquet(paths) for s, paths in builder.config.data_files.items()}
+        streams = builder.as_streaming_dataset()
+        return {s: (d.with_format("arrow").iter(BATCH), None) for s, d in streams.items()}
     except Exception as error:
         raise InputError(f"{path} cannot be read as a data set: {_one_line(error)}") from error
+
+
+def read_parquet(paths: list[str]) -> tuple[Iterator, int]:
+    """Record batches of all files, and the count of their rows."""
+    from pyarrow import parquet
+
+    def batches() -> Iterator:
+        for path in paths:
+            # its buffer would keep the whole file
+            yield from parquet.ParquetFile(path, pre_buffer=False).iter_batches(BATCH)
+
+    return batches(), sum(parquet.read_metadata(path).num_rows for path in paths)
 
 
 def split_batches(
