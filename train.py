@@ -81,9 +81,9 @@ def parse_arguments() -> tuple[Arguments, dict | None]:
     A first look finds what the defaults of all other flags depend on. Raises InputError.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
+    first.add_argument("--preset", nargs="?")  # without a value, the second look complains
     first.add_argument("--resume", action="store_true")
-    first.add_argument("--checkpoint_dir", "--checkpoint-dir", type=Path)
+    first.add_argument("--checkpoint_dir", "--checkpoint-dir", nargs="?", type=Path)
     known, _ = first.parse_known_args()
     directory = known.checkpoint_dir or Arguments.checkpoint_dir
     # torchrun starts its workers anew, with the same command line, when one of them has died.

@@ -178,7 +178,9 @@ def test_mistakes_are_named_before_any_step(fails, data_dir, run_dir, tmp_path):
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
-@pytest.mark.parametrize("flags", [["--preset", "huge"], ["--n_layers", "3"], ["--n_layer", "x"]])
+@pytest.mark.parametrize(
+    "flags", [["--preset", "huge"], ["--n_layers", "3"], ["--n_layer", "x"], ["--checkpoint_dir"]]
+)
 def test_mistyped_flags_are_named(flags, script):
     result = script("train.py", *flags)
     assert result.code == 2 and "Traceback" not in result.output
