@@ -134,10 +134,12 @@ class Linear(nn.Linear):
             self.packed = onednn._reorder_linear_weight(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not x.is_cpu or x.dtype != self.weight.dtype:
+            return super().forward(x)
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         rows = x.numel() // self.in_features
-        if rows > 4 or not x.is_cpu or torch.is_grad_enabled() or x.dtype != torch.float32:
+        if rows > 4 or x.dtype != torch.float32:
             return super().forward(x)
         size, x = x.shape[:-1], x.reshape(rows, -1)
         x = torch.cat((x, x)) if rows == 1 else x
@@ -294,11 +296,13 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int) -> Tensor:
         """An empty cache of keys and values: (n_layer, 2, B, n_head, context_length, d).
 
-        In float32 on CPUs, whose attention for a single query is several times slower in bfloat16.
+        At least float32 on CPUs, whose attention for one query is several times slower in bfloat16.
         """
         c, weight = self.config, self.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, c.context_length, c.n_embd // c.n_head)
-        dtype = torch.float32 if weight.is_cpu else weight.dtype
+        dtype = weight.dtype
+        if weight.is_cpu:
+            dtype = torch.promote_types(dtype, torch.float32)
         return torch.zeros(shape, dtype=dtype, device=weight.device)
 
     def pack(self, rows: int | None) -> None:

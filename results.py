@@ -19,7 +19,9 @@ from dataset import load_meta, load_tokens
 from evaluate import exact_loss
 
 RECIPES = ("adamw", "muon", "muon-60%")
-VOCABULARIES = ("vocab-16384", "vocab-8192", "vocab-4096")
+LONG = tuple(f"long-{name}" for name in RECIPES)
+EPOCHS = ("epochs-adamw", "epochs-muon")
+VOCABULARIES = ("vocab-50257", "vocab-16384", "vocab-8192", "vocab-4096")
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,27 @@ def collect(folder: Path, data_dir: Path) -> dict:
     speeds = np.array([line["tokens_per_second"] for line in lines])
     seconds = (np.diff(tokens_seen, prepend=0) / speeds).cumsum()  # of training, not evaluating
     evaluated = [i for i, line in enumerate(lines) if "val_loss" in line]
+    train_loss = np.array([line["train_loss"] for line in lines])
+    since = zip([0, *(i + 1 for i in evaluated)], evaluated, strict=False)
     return {
         "settings": asdict(checkpoint["gpt_config"]) | asdict(checkpoint["training_config"]),
         "step": [lines[i]["step"] for i in evaluated],
         "tokens": [lines[i]["tokens"] for i in evaluated],
         "seconds": [round(seconds[i].item(), 1) for i in evaluated],
         "val_loss": [round(lines[i]["val_loss"], 4) for i in evaluated],
+        "train_loss": [round(train_loss[i : j + 1].mean().item(), 4) for i, j in since],
         "final_val_loss": round(loss, 4),
         "bits_per_byte": round(loss / math.log(2) * counts["tokens"] / counts["bytes"], 4),
     }
 
 
-def draw(recipes: dict[str, list[dict]], names, x_axes: dict[str, str], y_axis, path: Path) -> None:
-    """The mean curve of each recipe over its seeds, and the range between them."""
+def draw(
+    recipes: dict[str, list[dict]], names, x_axes: dict[str, str], y_axis, path: Path, train=False
+) -> None:
+    """The mean curve of each recipe over its seeds, and the range between them.
+
+    With `train`, also the training loss, dashed: the mean since the evaluation before.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(x_axes), 4), layout="constrained")
@@ -73,6 +83,9 @@ def draw(recipes: dict[str, list[dict]], names, x_axes: dict[str, str], y_axis, 
             seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
             (line,) = axes.plot(x, y.mean(0), marker=".", label=f"{name} ({seeds})")
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.25)
+            if train:
+                losses = np.mean([r["train_loss"] for r in runs], axis=0)
+                axes.plot(x, losses, "--", color=line.get_color(), label=f"{name}, training")
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].legend()
@@ -121,6 +134,9 @@ def main() -> None:
         )
     over_time = {"tokens": "tokens seen", "seconds": "seconds of training"}
     draw(recipes, RECIPES, over_time, validation_loss, results_dir / "recipes.png")
+    draw(recipes, LONG, over_time, validation_loss, results_dir / "long.png")
+    epochs = {"tokens": "tokens seen"}
+    draw(recipes, EPOCHS, epochs, validation_loss, results_dir / "epochs.png", train=True)
     draw(
         recipes,
         VOCABULARIES,

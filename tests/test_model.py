@@ -280,6 +280,11 @@ def test_a_story_uses_the_weights_of_its_time():
 
     stream = model.stream(x, 40, temperature=0)
     next(stream), next(stream)
+    with torch.enable_grad():  # training meanwhile, or another precision, has the plain weights
+        model(x)[0].sum().backward()
+        assert model.h[0].mlp.c_fc.weight.grad.any()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x)
     assert (model.lm_head.packed is not None) == torch.backends.mkldnn.is_available()
     stream.close()  # a story left before its end
     assert all(m.packed is None for m in model.modules() if isinstance(m, Linear))
