@@ -1,13 +1,17 @@
 import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from hub_server import Fault, Hub, Repo
 
 from prepare_data import encode_in_parallel, encode_stories, split_batches, start_workers
@@ -229,3 +233,19 @@ def test_real_tinystories(script, tinystories, tmp_path):
         expected = np.array(naive(stories), "<u2")
         assert len(expected) == number
         assert (tmp_path / f"{split}.bin").read_bytes() == expected.tobytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_stories(tmp_path):
+    code = "import prepare_data; prepare_data.main(); print(open('/proc/self/status').read())"
+    story = "One day, a cat named Tom saw a big red ball in the park. " * 18  # 1 kB
+    peaks = []
+    for number in (5_000, 100_000):
+        path, out = tmp_path / f"{number}.parquet", tmp_path / str(number)
+        with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:
+            for _ in range(number // 1_000):
+                writer.write_table(pa.table({"text": [story] * 1_000}))
+        command = [sys.executable, "-c", code, "--dataset", path, "--data_dir", out]
+        status = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status.stdout)[1]) / 1_000)
+    assert peaks[1] < peaks[0] + 50  # MB, of 100 MB of stories
