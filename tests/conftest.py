@@ -1,6 +1,7 @@
 """Fixtures: tiny prepared data, a tiny trained run, and scripts run as a user runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing import get_context
@@ -34,6 +35,8 @@ def _run_main(script: str, flags: list[str], output: str, environment: dict, cwd
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = [script, *flags]
+    # a test run that a shell put into the background was started with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import importlib
 
     import cli
