@@ -13,6 +13,19 @@ from torch import Tensor, nn
 from config import GPTConfig, InputError
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout(x, p), at a fraction of its price on CPUs.
+
+    There sixteen random bits decide over each entry, as drawing those is several times as fast as
+    torch's Bernoulli numbers; p is rounded down to a multiple of 2⁻¹⁶.
+    """
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    return torch.where(bits >= int(p * 2**16) - 2**15, x / (1 - p), 0)
+
+
 def masked_softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -32,19 +45,6 @@ def masked_softmax_attention(
     if attn_mask is not None:
         scores = torch.where(attn_mask, scores, -math.inf)
     return dropout(scores.softmax(-1), dropout_p) @ v
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout(x, p), at a fraction of its price on CPUs.
-
-    There sixteen random bits decide over each entry, as drawing those is several times as fast as
-    torch's Bernoulli numbers; p is rounded down to a multiple of 2⁻¹⁶.
-    """
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(bits >= int(p * 2**16) - 2**15, x / (1 - p), 0)
 
 
 attention = getattr(F, "scaled_dot_product_attention", masked_softmax_attention)
@@ -172,7 +172,7 @@ class CausalSelfAttention(nn.Module):
         # With dropout torch writes attention out on CPUs too, and draws its masks slowly.
         attend = masked_softmax_attention if p and x.device.type == "cpu" else attention
         y = attend(q.to(k.dtype), k, v, seen, p, is_causal=T > 1)
-        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)
+        y = y.to(qkv.dtype).transpose(1, 2).reshape(B, T, C)
         return dropout(self.c_proj(y), p)
 
 
