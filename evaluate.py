@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import BEST, load_model
-from cli import parse_flags, progress_bar, run
 from config import InputError
-from dataset import load_meta, load_tokens, windows
-from device import pick_device
 from model import GPT
-from sample_stories import keeps_hero_and_object
-from tokenizer import load_tokenizer
+from storygpt.builtin_stories import keeps_hero_and_object
+from storygpt.checkpoint import BEST, load_model
+from storygpt.cli import parse_flags, progress_bar, run
+from storygpt.device import pick_device
+from storygpt.token_files import load_meta, load_tokens, windows
+from storygpt.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int
 
 def judge_stories(model: GPT, num_stories: int, seed: int) -> tuple[int, int]:
     """Of `num_stories` told from nothing at temperature 0.8: how many end within the context, and
-    how many keep their hero and object, as the grammar in sample_stories.py judges it."""
+    how many keep their hero and object, as the grammar in builtin_stories.py judges it."""
     tokenizer = load_tokenizer(model.config.vocab_size)
     device, end_of_text = model.wte.weight.device, tokenizer.eot_token
     idx = torch.full((num_stories, 1), end_of_text, device=device)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import parse_flags, run
 from config import InputError
+from storygpt.cli import parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -60,9 +60,9 @@ def main() -> None:
 
     import torch
 
-    from checkpoint import load_model
-    from device import pick_device
-    from tokenizer import load_tokenizer
+    from storygpt.checkpoint import load_model
+    from storygpt.device import pick_device
+    from storygpt.tokenizer import load_tokenizer
 
     device = pick_device(arguments.device)
     model, _ = load_model(arguments.checkpoint, device)

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import parse_flags, progress_bar, run
 from config import InputError
-from sample_stories import sample_stories
-from tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
+from storygpt.builtin_stories import sample_stories
+from storygpt.cli import parse_flags, progress_bar, run
+from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
 
 SPLITS = ("train", "validation")
 NUM_SAMPLE_STORIES = 20_000

@@ -30,7 +30,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from checkpoint import (
+from config import PRESETS, GPTConfig, InputError, TrainingConfig
+from model import GPT
+from storygpt.checkpoint import (
     BEST,
     FINAL,
     LATEST,
@@ -41,9 +43,9 @@ from checkpoint import (
     training_state,
     write_atomically,
 )
-from cli import parse_flags, progress_bar, run
-from config import PRESETS, GPTConfig, InputError, TrainingConfig
-from dataset import (
+from storygpt.cli import parse_flags, progress_bar, run
+from storygpt.device import peak_flops, pick_device, pick_dtype
+from storygpt.token_files import (
     load_meta,
     load_tokens,
     story_starts,
@@ -51,9 +53,7 @@ from dataset import (
     validation_starts,
     windows,
 )
-from device import peak_flops, pick_device, pick_dtype
-from model import GPT
-from tokenizer import load_tokenizer
+from storygpt.tokenizer import load_tokenizer
 
 # Fields that may differ when a run is resumed: they change when and where, not what.
 FREE_FIELDS = ("device", "compile", "save_interval")

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cli import parse_flags, run
 from config import InputError
+from storygpt.cli import parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -55,7 +55,7 @@ class Arguments:
 
 def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json of the same BPE as `load_tokenizer(vocab_size)`."""
-    from tokenizer import END_OF_TEXT, gpt2_file, load_tokenizer
+    from storygpt.tokenizer import END_OF_TEXT, gpt2_file, load_tokenizer
 
     end_of_text = load_tokenizer(vocab_size).eot_token
     encoder = json.loads(gpt2_file("encoder.json"))
@@ -144,7 +144,7 @@ def tell_story(model, seed: int) -> str:
     """What `generate.py --seed SEED` tells on a CPU."""
     import torch
 
-    from tokenizer import load_tokenizer
+    from storygpt.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.config.vocab_size)
     torch.manual_seed(seed)
@@ -286,7 +286,7 @@ def model_card(
     """The repo's README.md as a huggingface_hub ModelCard; `stories` are by seed."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    from tokenizer import GPT2_VOCAB_SIZE
+    from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
     dataset, name = hub_dataset(meta), arguments.repo_id.split("/")[1]
@@ -352,7 +352,7 @@ def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dic
     """Fills the empty `folder` with all files of the model repo."""
     from safetensors.torch import save
 
-    from checkpoint import KEYS, build_model, save_checkpoint, to_transformers
+    from storygpt.checkpoint import KEYS, build_model, save_checkpoint, to_transformers
 
     config = checkpoint["gpt_config"]
     model = build_model(checkpoint, arguments.checkpoint)
@@ -529,7 +529,7 @@ def find_meta(data_dir: Path, vocab_size: int) -> dict | None:
 
     Raises InputError where it is damaged or of other data.
     """
-    from dataset import load_meta
+    from storygpt.token_files import load_meta
 
     if not (data_dir / "meta.json").is_file():
         print(
@@ -547,7 +547,7 @@ def main() -> None:
     if arguments.dry_run and not output_dir:
         raise InputError("--dry_run needs a folder to build: pass --output_dir DIR")
 
-    from checkpoint import load_checkpoint
+    from storygpt.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     if not math.isfinite(checkpoint["val_loss"]):

@@ -39,7 +39,7 @@ def _run_main(script: str, flags: list[str], output: str, environment: dict, cwd
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import importlib
 
-    import cli
+    from storygpt import cli
 
     cli.run(importlib.import_module(script.removesuffix(".py")).main)
 

@@ -4,6 +4,6 @@ import evaluate  # noqa: F401
 import generate  # noqa: F401
 import prepare_data  # noqa: F401
 import train  # noqa: F401
-from tokenizer import load_tokenizer
+from storygpt.tokenizer import load_tokenizer
 
 load_tokenizer(512)

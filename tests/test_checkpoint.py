@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import python
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint, write_atomically
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
+from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint, write_atomically
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=8)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from checkpoint import load_checkpoint
+from storygpt.checkpoint import load_checkpoint
 
 CASES = 210
 SHORT = [*TINY, "--max_steps", "2", "--warmup_steps", "1", "--eval_interval", "2", "--dropout", "0"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from checkpoint import load_checkpoint
+from storygpt.checkpoint import load_checkpoint
 
 FLAGS = [*TINY, "--gradient_accumulation_steps", "4", "--dropout", "0.1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

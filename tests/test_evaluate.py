@@ -4,9 +4,9 @@ import re
 import numpy as np
 import torch
 
-from checkpoint import load_model
-from dataset import load_meta, load_tokens
 from evaluate import all_windows
+from storygpt.checkpoint import load_model
+from storygpt.token_files import load_meta, load_tokens
 
 
 def test_every_token_is_a_target_once():

@@ -1,8 +1,8 @@
 import re
 
-from checkpoint import load_model
 from generate import TextStream
-from tokenizer import load_tokenizer
+from storygpt.checkpoint import load_model
+from storygpt.tokenizer import load_tokenizer
 
 
 def told(result) -> str:

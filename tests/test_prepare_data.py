@@ -15,7 +15,7 @@ from conftest import ROOT
 from hub_server import Fault, Hub, Repo
 
 from prepare_data import encode_in_parallel, encode_stories, split_batches, start_workers
-from tokenizer import load_tokenizer
+from storygpt.tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
 STORIES[7] = "It said <|endoftext|> aloud. 👩‍👩‍👧‍👦"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from checkpoint import load_checkpoint, save_checkpoint
+from storygpt.checkpoint import load_checkpoint, save_checkpoint
 
 # Long enough to be interrupted anywhere, with evaluations and saves all along.
 LONG = [*TINY, "--max_steps", "120", "--eval_interval", "40", "--save_interval", "3"]

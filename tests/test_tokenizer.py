@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from config import InputError
-from tokenizer import load_tokenizer
+from storygpt.tokenizer import load_tokenizer
 
 ODD_TEXTS = [
     "",

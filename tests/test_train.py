@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from conftest import TINY
 from PIL import Image
 
-from checkpoint import load_checkpoint
 from config import GPTConfig, TrainingConfig
-from dataset import load_meta, load_tokens, training_batch, validation_starts
 from model import GPT
+from storygpt.checkpoint import load_checkpoint
+from storygpt.token_files import load_meta, load_tokens, training_batch, validation_starts
 from train import build_optimizers, build_schedule, draw_loss_plot, estimate_loss
 
 

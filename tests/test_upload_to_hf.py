@@ -18,12 +18,12 @@ import torch
 from hub_server import TOKEN, Fault, Hub
 from packaging.requirements import Requirement
 
-from checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from prepare_data import meta_checksum
-from sample_stories import sample_stories
-from tokenizer import gpt2_file, load_tokenizer
+from storygpt.builtin_stories import sample_stories
+from storygpt.checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
+from storygpt.tokenizer import gpt2_file, load_tokenizer
 from upload_to_hf import hub_dataset, quote
 
 ODD_TEXT = [

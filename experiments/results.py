@@ -6,17 +6,20 @@
 
 import json
 import math
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import FINAL, load_model
-from cli import parse_flags, run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from config import InputError
-from dataset import load_meta, load_tokens
 from evaluate import exact_loss
+from storygpt.checkpoint import FINAL, load_model
+from storygpt.cli import parse_flags, run
+from storygpt.token_files import load_meta, load_tokens
 
 RECIPES = ("adamw", "muon", "muon-60%")
 LONG = tuple(f"long-{name}" for name in RECIPES)
@@ -32,7 +35,7 @@ class Arguments:
     """Folders of finished runs (their --checkpoint_dir), each named after its recipe and seed."""
     data_dir: Path = Path("data")
     """Folder with the prepared data of those runs."""
-    results_dir: Path = Path("results")
+    results_dir: Path = Path("experiments/results")
     """Folder of the figures and plots."""
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from config import InputError
-from dataset import (
+from prepare_data import meta_checksum
+from storygpt.token_files import (
     load_meta,
     load_tokens,
     story_starts,
@@ -14,7 +15,6 @@ from dataset import (
     validation_starts,
     windows,
 )
-from prepare_data import meta_checksum
 
 TOKENS = np.arange(1000, dtype="<u2")
 

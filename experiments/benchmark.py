@@ -22,8 +22,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from cli import parse_flags, run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from config import GPTConfig, InputError, TrainingConfig
+from storygpt.cli import parse_flags, run
 
 CONFIG = GPTConfig()  # the 57M reference, dropout 0.1 in training
 
@@ -251,7 +253,7 @@ def run_prepare(path: str, num_proc: int) -> tuple[float, int]:
     its parent had when it started the child.
     """
     with tempfile.TemporaryDirectory() as folder:
-        script = str(Path(__file__).with_name("prepare_data.py"))
+        script = str(Path(__file__).resolve().parent.parent / "prepare_data.py")
         flags = ("--dataset", path, "--data_dir", folder, "--num_proc", str(num_proc))
         start = time.perf_counter()
         subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
@@ -271,7 +273,7 @@ def measure_tokenizing(arguments: Arguments) -> dict:
 
     from prepare_data import Arguments as PrepareArguments
     from prepare_data import open_stories
-    from tokenizer import load_tokenizer
+    from storygpt.tokenizer import load_tokenizer
 
     splits, _ = open_stories(PrepareArguments(arguments.dataset, seed=arguments.seed))
     stories = [
@@ -347,7 +349,7 @@ def main() -> None:
 
     import torch
 
-    from device import pick_device, pick_dtype
+    from storygpt.device import pick_device, pick_dtype
 
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sample_stories import (
+from storygpt.builtin_stories import (
     BOYS,
     GIRLS,
     HEROES,
