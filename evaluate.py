@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from config import InputError
 from model import GPT
@@ -16,7 +15,7 @@ from storygpt.builtin_stories import keeps_hero_and_object
 from storygpt.checkpoint import BEST, load_model
 from storygpt.cli import parse_flags, progress_bar, run
 from storygpt.device import pick_device
-from storygpt.token_files import load_meta, load_tokens, windows
+from storygpt.token_files import bits_per_byte, load_meta, load_tokens, windows
 from storygpt.tokenizer import load_tokenizer
 
 
@@ -43,7 +42,7 @@ class Arguments:
 
 def all_windows(
     tokens: np.ndarray, end_of_text: int, context_length: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of inputs and targets, (B, T) int64, in which every token is a target once.
 
     The first token is predicted from an end-of-text, which ended the story before it; the last
@@ -66,6 +65,7 @@ def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int
     batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
     with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:
         for x, y in batches:
+            x, y = torch.from_numpy(x), torch.from_numpy(y)
             _, loss = model(x.to(device), y.to(device))
             total += loss.item() * y.numel()
             bar.update(y.numel())
@@ -102,13 +102,12 @@ def main() -> None:
     tokens = load_tokens(arguments.data_dir, arguments.split, meta, model.config.context_length)
     loss = exact_loss(model, tokens, meta["end_of_text"], arguments.batch_size)
     counts = meta["splits"][arguments.split]
-    bits_per_byte = loss / math.log(2) * counts["tokens"] / counts["bytes"]
     print(
         f"{arguments.checkpoint} (step {checkpoint['step']:,}) on {counts['tokens']:,} "
         f"{arguments.split} tokens\n"
         f"loss           {loss:.4f} nats a token\n"
         f"perplexity     {math.exp(loss):.3f}\n"
-        f"bits per byte  {bits_per_byte:.4f}"
+        f"bits per byte  {bits_per_byte(loss, counts):.4f}"
     )
     if arguments.num_stories:
         ended, kept = judge_stories(model, arguments.num_stories, arguments.seed)

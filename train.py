@@ -46,6 +46,7 @@ from storygpt.checkpoint import (
 from storygpt.cli import parse_flags, progress_bar, run
 from storygpt.device import peak_flops, pick_device, pick_dtype
 from storygpt.token_files import (
+    data_fingerprint,
     load_meta,
     load_tokens,
     story_starts,
@@ -169,7 +170,8 @@ def estimate_loss(
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
     model.eval()
     for first in range(rank * config.batch_size, len(starts), world_size * config.batch_size):
-        x, y = windows(tokens, starts[first : first + config.batch_size], context_length)
+        rows = windows(tokens, starts[first : first + config.batch_size], context_length)
+        x, y = map(torch.from_numpy, rows)
         with precision:
             _, loss = model(x.to(device), y.to(device))
         total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
@@ -286,7 +288,7 @@ def main() -> None:
 
     # Data
     meta = load_meta(arguments.data_dir, gpt_config.vocab_size)
-    if resumed and resumed.get("data_sha256") != meta["sha256"]:
+    if resumed and resumed.get("data_sha256") != data_fingerprint(meta):
         raise InputError(
             f"the data in {arguments.data_dir} is not what the run in {directory} was trained on: "
             "pass its --data_dir"
@@ -343,7 +345,7 @@ def main() -> None:
         state = {
             "best_val_loss": best_val_loss,
             "skipped_steps": skipped_steps,
-            "data_sha256": meta["sha256"],
+            "data_sha256": data_fingerprint(meta),
         }
         state |= training_state(optimizers, schedules, scaler)
         save_checkpoint(directory / LATEST, weights() | state)
@@ -380,7 +382,7 @@ def main() -> None:
         for s in itertools.count(step):
             for i in own:
                 positions = range(i * config.batch_size, (i + 1) * config.batch_size)
-                x, y = training_batch(
+                batch = training_batch(
                     train_tokens,
                     config.seed,
                     s,
@@ -389,6 +391,7 @@ def main() -> None:
                     stories,
                     config.story_windows,
                 )
+                x, y = map(torch.from_numpy, batch)
                 # from pinned memory the copy to the GPU does not wait for the GPU's work
                 yield (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 

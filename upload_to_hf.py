@@ -155,7 +155,7 @@ def tell_story(model, seed: int) -> str:
 
 def hub_dataset(meta: dict | None) -> str | None:
     """The data set's name where it is one on the Hub; a path of this machine stays private."""
-    from prepare_data import FILE_TYPES
+    from storygpt.sources import FILE_TYPES
 
     name = (meta or {}).get("dataset", "")
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
@@ -172,9 +172,11 @@ def evaluation(checkpoint: dict, meta: dict | None) -> list[tuple[str, str, floa
         ("perplexity", "Validation perplexity", round(math.exp(loss), 3)),
     ]
     if meta:
+        from storygpt.token_files import bits_per_byte
+
         counts = meta["splits"]["validation"]
-        bits_per_byte = loss / math.log(2) * counts["tokens"] / counts["bytes"]
-        metrics.append(("bits_per_byte", "Validation bits per byte", round(bits_per_byte, 4)))
+        bits = round(bits_per_byte(loss, counts), 4)
+        metrics.append(("bits_per_byte", "Validation bits per byte", bits))
     return [
         *metrics,
         ("steps", "Training steps", checkpoint["step"]),

@@ -42,7 +42,7 @@ class Arguments:
     """Turns of each contender; by default 20 on a GPU and 5 (quick: 3) on CPU."""
     decode_tokens: int = 64
     """Tokens to decode in a turn."""
-    dataset: str = "sample"
+    dataset: str = "builtin"
     """Stories to tokenize: anything prepare_data.py takes."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
@@ -271,11 +271,10 @@ def measure_tokenizing(arguments: Arguments) -> dict:
     from pyarrow import parquet
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    from prepare_data import Arguments as PrepareArguments
-    from prepare_data import open_stories
+    from storygpt.sources import open_stories
     from storygpt.tokenizer import load_tokenizer
 
-    splits, _ = open_stories(PrepareArguments(arguments.dataset, seed=arguments.seed))
+    splits, _ = open_stories(arguments.dataset, seed=arguments.seed)
     stories = [
         story for batches in splits.values() for batch in batches for story in batch if story
     ]

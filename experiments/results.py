@@ -5,7 +5,6 @@
 """
 
 import json
-import math
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from config import InputError
 from evaluate import exact_loss
 from storygpt.checkpoint import FINAL, load_model
 from storygpt.cli import parse_flags, run
-from storygpt.token_files import load_meta, load_tokens
+from storygpt.token_files import bits_per_byte, load_meta, load_tokens
 
 RECIPES = ("adamw", "muon", "muon-60%")
 LONG = tuple(f"long-{name}" for name in RECIPES)
@@ -61,7 +60,7 @@ def collect(folder: Path, data_dir: Path) -> dict:
         "val_loss": [round(lines[i]["val_loss"], 4) for i in evaluated],
         "train_loss": [round(train_loss[i : j + 1].mean().item(), 4) for i, j in since],
         "final_val_loss": round(loss, 4),
-        "bits_per_byte": round(loss / math.log(2) * counts["tokens"] / counts["bytes"], 4),
+        "bits_per_byte": round(bits_per_byte(loss, counts), 4),
     }
 
 
@@ -101,7 +100,7 @@ def validation_loss(run: dict) -> list[float]:
     return run["val_loss"]
 
 
-def bits_per_byte(run: dict) -> list[float]:
+def bits_per_byte_curve(run: dict) -> list[float]:
     """validation bits per byte"""
     scale = run["bits_per_byte"] / run["final_val_loss"]
     return [scale * loss for loss in run["val_loss"]]
@@ -144,7 +143,7 @@ def main() -> None:
         recipes,
         VOCABULARIES,
         {"seconds": "seconds of training"},
-        bits_per_byte,
+        bits_per_byte_curve,
         results_dir / "vocabulary.png",
     )
 

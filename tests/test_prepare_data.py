@@ -198,7 +198,7 @@ def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
         (["--dataset", tmp_path / "notes.doc"], "is of no kind this script reads", {}),
         (["--dataset", tmp_path / "missing.txt"], "there is no file or folder", {}),
         (["--dataset", "no such name"], "neither a file, a folder nor", closed),
-        ([], "--dataset sample", closed),
+        ([], "--dataset builtin", closed),
         (["--vocab_size", 70_000], "pass --vocab_size with 257 to 50257", {}),
         (["--dataset", "sample", "--validation_fraction", 1], "not between 0 and 1", {}),
         (["--dataset", "sample", "--num_proc", 0], "num_proc 0 is below 1", {}),

@@ -63,7 +63,7 @@ def test_reported_losses_are_those_of_a_plain_float64_loop(script, data_dir, tmp
     for line in metrics_of(tmp_path):
         step = line["step"]
         model.zero_grad()
-        x, y = training_batch(tokens, config.seed, step, range(8), 64)
+        x, y = map(torch.from_numpy, training_batch(tokens, config.seed, step, range(8), 64))
         loss = loss_of(x, y)
         loss.backward()
         norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))

@@ -20,7 +20,6 @@ from packaging.requirements import Requirement
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from prepare_data import meta_checksum
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
 from storygpt.tokenizer import gpt2_file, load_tokenizer
@@ -84,10 +83,10 @@ def make_run(folder: Path, **changes) -> SimpleNamespace:
     }
     save_checkpoint(folder / BEST, checkpoint | {"optimizer_state_dicts": {"secret": 1}})
     (folder / "loss_plot.png").write_bytes(PLOT)
-    counts = {"stories": 10, "tokens": 1000, "bytes": 4000}
+    counts = {"stories": 10, "tokens": 1000, "bytes": 4000, "sha256": ""}
     meta = {"vocab_size": config.vocab_size, "dataset": "roneneldan/TinyStories"}
+    meta["end_of_text"] = config.vocab_size - 1
     meta["splits"] = {"train": counts, "validation": counts}
-    meta["sha256"] = meta_checksum(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
     flags = ("--repo_id", "you/StoryGPT", "--checkpoint", folder / BEST, "--data_dir", folder)
     return SimpleNamespace(model=model.eval(), checkpoint=folder / BEST, flags=flags)
