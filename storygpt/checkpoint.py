@@ -1,13 +1,10 @@
 """Checkpoints: written whole or not at all, and read without running anybody's code.
 
 A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `config.json` and
-`model.safetensors` in the layout of transformers' GPT-2.
+`model.safetensors` in the layout of transformers' GPT-2 (see formats.py).
 """
 
-import json
 import os
-import pickle
-import re
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -20,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
+from storygpt.formats import read_folder, reading
+from storygpt.hub import explain, is_hub_id
 
 BEST, FINAL, LATEST = (f"StoryGPT_{name}.pt" for name in ("best", "final", "latest"))
 
@@ -88,24 +87,13 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
             f"there is no checkpoint {path}: train one with `python train.py`, or pass another "
             "with --checkpoint"
         )
-    try:
+    with reading(path):
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(damaged)
         with torch.serialization.safe_globals([GPTConfig, TrainingConfig]):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is refused: it holds more than weights and settings, and loading it could "
-            "run a stranger's code"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
-        raise InputError(
-            f"{path} is damaged or not a checkpoint: pass another with --checkpoint"
-        ) from error
     for key, kind in KEYS.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
@@ -158,95 +146,18 @@ def load_training_state(checkpoint: dict, optimizers, schedules, scaler, path: P
         ) from error
 
 
-def to_transformers(state_dict: dict) -> dict:
-    """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
-
-    Its linear layers are (in, out), its biases always exist, and the tied head is not stored.
-    """
-    tensors = {}
-    for name, weight in state_dict.items():
-        if name == "lm_head.weight":
-            continue
-        if ".c_" in name and weight.dim() == 2:
-            weight = weight.T
-        tensors[f"transformer.{name}"] = weight.float().contiguous()
-        bias = name.replace(".weight", ".bias")
-        if bias not in state_dict and not name.startswith(("wte", "wpe")):
-            tensors[f"transformer.{bias}"] = torch.zeros(weight.shape[-1])
-    return tensors
-
-
-def from_transformers(tensors: dict, bias: bool) -> dict:
-    """The `model_state_dict` that `to_transformers` made `tensors` of."""
-    state_dict = {}
-    for name, weight in tensors.items():
-        name = name.removeprefix("transformer.")
-        if bias or not name.endswith("bias"):
-            transpose = ".c_" in name and weight.dim() == 2
-            state_dict[name] = weight.T.contiguous() if transpose else weight
-    if "wte.weight" in state_dict:
-        state_dict["lm_head.weight"] = state_dict["wte.weight"]
-    return state_dict
-
-
-def load_folder(folder: Path) -> dict:
-    """A published model's folder as a checkpoint with gpt_config, model_state_dict, step, val_loss.
-
-    Raises InputError where files are missing or damaged, or it is no StoryGPT model.
-    """
-    from safetensors.torch import load_file
-
-    name = "config.json"
-    try:
-        config = json.loads((folder / name).read_text(encoding="utf-8"))
-        ours = config["storygpt"]
-        checkpoint = {
-            "gpt_config": GPTConfig(
-                context_length=config["n_positions"],
-                dropout=config["resid_pdrop"],
-                bias=ours["bias"],
-                init_std=config["initializer_range"],
-                **{key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
-            ),
-            "step": int(ours["step"]),
-            "val_loss": float(ours["val_loss"]),
-        }
-        name = "model.safetensors"
-        tensors = load_file(folder / name)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} is no StoryGPT model: it has no {name}; pass another with --checkpoint"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{folder / name} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # whatever JSON, the config and safetensors make of a foreign file
-        raise InputError(
-            f"{folder / name} is damaged or not a StoryGPT model's: pass another with --checkpoint"
-        ) from error
-    return checkpoint | {"model_state_dict": from_transformers(tensors, ours["bias"])}
-
-
 def download(repo_id: str) -> Path:
-    """The local folder with a Hub model's config.json and model.safetensors.
+    """The local folder with a Hub model's weights, configuration and tokenizer.
 
     Takes it from the local cache where the Hub cannot be reached. Raises InputError.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(repo_id, allow_patterns=files))
-    except HfHubHTTPError as error:
+        return Path(snapshot_download(repo_id, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # the Hub's client's own, and those of the layers below it
         raise InputError(
-            f"there is no checkpoint {repo_id} here, and the Hub does not give it out (HTTP "
-            f"{error.response.status_code}): check --checkpoint, or log in with `hf auth login` if "
-            "it is private"
-        ) from error
-    except Exception as error:  # no connection, one that broke, or no name that the Hub could have
-        raise InputError(
-            f"there is no checkpoint {repo_id} here, and it cannot be downloaded from the Hub "
-            f"({type(error).__name__}): check --checkpoint and the network"
+            f"there is no checkpoint {repo_id} here, and it cannot be downloaded {explain(error)}"
         ) from error
 
 
@@ -276,14 +187,13 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """The model of a .pt file, a published model's folder or a Hub id, and the checkpoint itself.
 
-    Raises InputError as `load_checkpoint`, `load_folder`, `download` and `build_model` do.
+    Raises InputError as `load_checkpoint`, `read_folder`, `download` and `build_model` do.
     """
     path = Path(path)
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pt)", path.as_posix())
     if path.is_dir():
-        checkpoint = load_folder(path)
-    elif hub_id and not path.exists():
-        checkpoint = load_folder(download(path.as_posix()))
+        checkpoint = read_folder(path)
+    elif path.suffix != ".pt" and not path.exists() and is_hub_id(path.as_posix()):
+        checkpoint = read_folder(download(path.as_posix()))
     else:
         checkpoint = load_checkpoint(path)
     return build_model(checkpoint, path, device), checkpoint

@@ -7,8 +7,11 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from config import InputError
+
+DEFAULT_CHECKPOINT = Path("checkpoints/StoryGPT_best.pt")  # here, where no torch is imported
 
 
 def parse_flags(arguments: type, default=None):

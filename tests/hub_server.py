@@ -219,7 +219,8 @@ class Handler(BaseHTTPRequestHandler):
         url, key = f"{self.hub.url}/{name}", f"models/{name}"
         with self.hub.lock:
             if key in self.hub.repos:
-                raise Refusal(409, "You already created this model repo")
+                content = {"error": "You already created this model repo", "url": url}
+                return 409, {}, json.dumps(content).encode()
             self.hub.repos[key] = Repo(private=request.get("visibility") == "private")
         return self.answer({"url": url, "name": name})
 
@@ -227,8 +228,9 @@ class Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body)["content"]
         match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         data = yaml.safe_load(match[1]) if match else None
-        if not isinstance(data, dict) or not isinstance(data.get("license"), str):
-            errors = [{"message": "no valid metadata"}]
+        language = data.get("language") if isinstance(data, dict) else None
+        if not re.fullmatch("[a-z]{2,3}", language or ""):
+            errors = [{"message": f'"language" with value "{language}" is not valid'}]
             return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
         return self.answer({"errors": [], "warnings": []})
 

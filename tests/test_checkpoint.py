@@ -51,7 +51,7 @@ def test_model_comes_back_as_it_was(tmp_path):
 
 def test_loading_is_quick_to_start(tmp_path):
     save_checkpoint(tmp_path / "a.pt", new_checkpoint())
-    load = "import sys, checkpoint; checkpoint.load_model(sys.argv[1])"
+    load = "import sys; from storygpt import checkpoint; checkpoint.load_model(sys.argv[1])"
     result = python("-c", f"{load}; assert 'torch._dynamo' not in sys.modules", tmp_path / "a.pt")
     assert result.returncode == 0, result.stderr
 

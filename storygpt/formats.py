@@ -1,0 +1,332 @@
+"""The same weights as others keep them: transformers' GPT-2, its tokenizer's files, and GGUF.
+
+Any GPT-2 in transformers' layout is read, whoever trained it; what ours is written as says nothing
+that a plain GPT-2 would not, but for one entry `storygpt` in config.json.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import GPTConfig, InputError
+from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
+
+# What a config.json may say and our model does; the first is also what it means by saying nothing.
+OURS = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+# --- Reading ---
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever a foreign or damaged file brings about into one sentence, an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it holds more than weights and settings, and loading it could "
+            "run a stranger's code"
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path.parent} is no model: it has no {path.name}; pass another with --checkpoint"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
+        raise InputError(
+            f"{path} is damaged or not a checkpoint: pass another with --checkpoint"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises InputError where there is none."""
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    return content
+
+
+def read_config(folder: Path) -> tuple[GPTConfig, dict]:
+    """The shape in a folder's config.json, and what only StoryGPT writes there (else {}).
+
+    Raises InputError with whatever it asks of a model that ours does not do.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("model_type") != "gpt2":
+        raise InputError(f"{path} is a {config.get('model_type')} model's: only GPT-2's are read")
+    with reading(path):
+        width = config.get("n_embd", 768)
+        allowed = OURS | {"n_inner": (None, 4 * width)}
+        for key, values in allowed.items():
+            if config.get(key, values[0]) not in values:
+                raise InputError(
+                    f"{path} has {key} {config[key]!r}, which StoryGPT's model does not do: "
+                    f"there it is {values[-1] if key == 'n_inner' else values[0]!r}"
+                )
+        ours = config.get("storygpt", {})
+        try:
+            shape = GPTConfig(
+                # embeddings past GPT-2's, for speed or for special tokens, are of no text
+                vocab_size=min(config.get("vocab_size", GPT2_VOCAB_SIZE), GPT2_VOCAB_SIZE),
+                context_length=config.get("n_positions", 1024),
+                n_layer=config.get("n_layer", 12),
+                n_head=config.get("n_head", 12),
+                n_embd=width,
+                dropout=config.get("resid_pdrop", 0.1),
+                bias=ours.get("bias", True),
+                init_std=config.get("initializer_range", 0.02),
+            )
+        except InputError as error:
+            raise InputError(f"{path} is not valid: {error}") from error
+        return shape, ours
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raises InputError where the folder's tokenizer, if it has one, is not GPT-2's, whole or cut
+    to `vocab_size` as `load_tokenizer` cuts it."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        with reading(path):
+            bpe = read_json(path)["model"]
+            vocab, merges = bpe["vocab"], bpe["merges"]
+            # a pair is "a b" or, since tokenizers 0.20, ["a", "b"]
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
+        with reading(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        return
+    ours, our_merges = vocabulary(vocab_size)
+    with reading(path):
+        vocab = {token: i for token, i in vocab.items() if i < vocab_size}
+    if vocab != ours or merges != our_merges:
+        raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from one file or several, of safetensors or else of torch.
+
+    Raises InputError where there are none, a file is missing or damaged, or it holds more than
+    tensors.
+    """
+    from safetensors.torch import load_file
+
+    def load_torch(path: Path) -> dict:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_torch)):
+        index = folder / f"{name}.index.json"
+        names = [name]
+        if not (folder / name).is_file():
+            if not index.is_file():
+                continue
+            with reading(index):
+                names = sorted(set(read_json(index)["weight_map"].values()))
+                if any(Path(part).name != part for part in names):
+                    raise ValueError("a part outside the folder")
+        tensors = {}
+        for part in names:
+            with reading(folder / part):
+                tensors |= load(folder / part)
+                if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+                    raise ValueError("not only tensors")
+        return tensors
+    raise InputError(
+        f"{folder} is no model: it has no model.safetensors; pass another with --checkpoint"
+    )
+
+
+def read_folder(folder: Path) -> dict:
+    """A folder in transformers' GPT-2 layout as a checkpoint: gpt_config, model_state_dict
+    (float32), step and val_loss (0 and infinity where it does not say).
+
+    Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
+    """
+    config, ours = read_config(folder)
+    check_tokenizer(folder, config.vocab_size)
+    tensors = read_tensors(folder)
+    with reading(folder / "config.json"):
+        step, val_loss = int(ours.get("step", 0)), float(ours.get("val_loss", "inf"))
+    try:
+        state_dict = from_transformers(tensors, config)
+    except ValueError as error:
+        raise InputError(f"{folder} has {error}, which StoryGPT's model does not") from error
+    return {
+        "gpt_config": config,
+        "model_state_dict": state_dict,
+        "step": step,
+        "val_loss": val_loss,
+    }
+
+
+def from_transformers(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """transformers' GPT-2, whole or without its head, as a float32 `model_state_dict`.
+
+    Its linear layers are (in, out). Raises ValueError where its head is not its embedding.
+    """
+    state_dict = {}
+    for name, weight in tensors.items():
+        name = name.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+            continue  # the causal mask, which old versions stored
+        if name.endswith("bias") and not config.bias:
+            continue  # zeros
+        weight = weight.T if ".c_" in name and weight.dim() == 2 else weight
+        state_dict[name] = weight.float().contiguous()
+    if "wte.weight" in state_dict:
+        head = state_dict.get("lm_head.weight", state_dict["wte.weight"])
+        if not torch.equal(head, state_dict["wte.weight"]):
+            raise ValueError("a head that is not its embedding")
+        state_dict["wte.weight"] = state_dict["wte.weight"][: config.vocab_size]
+        state_dict["lm_head.weight"] = state_dict["wte.weight"]
+    return state_dict
+
+
+# --- Writing ---
+
+
+def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` in float32, with a bias of zeros wherever it has none, and without the head."""
+    tensors = {}
+    for name, weight in state_dict.items():
+        if name == "lm_head.weight":
+            continue
+        tensors[name] = weight.float()
+        if name.endswith(".weight") and not name.startswith(("wte", "wpe")):
+            bias = name.removesuffix("weight") + "bias"
+            tensors[bias] = state_dict.get(bias, torch.zeros(len(weight))).float()
+    return tensors
+
+
+def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
+
+    Its linear layers are (in, out), its biases always exist, and the tied head is not stored.
+    """
+    return {
+        f"transformer.{name}": (weight.T if ".c_" in name and weight.dim() == 2 else weight)
+        .contiguous()
+        for name, weight in with_biases(state_dict).items()
+    }  # fmt: skip
+
+
+def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
+    """GPT-2's tokens and merges as its own files spell them, cut as `load_tokenizer` cuts them."""
+    end_of_text = load_tokenizer(vocab_size).eot_token
+    encoder = json.loads(gpt2_file("encoder.json"))
+    _, *merges = gpt2_file("vocab.bpe").strip().split("\n")
+    vocab = {token: i for token, i in encoder.items() if i < end_of_text}
+    return vocab | {END_OF_TEXT: end_of_text}, merges[: end_of_text - 256]
+
+
+def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
+    """The text of transformers' files, by name, for the BPE of `load_tokenizer(vocab_size)`."""
+    vocab, merges = vocabulary(vocab_size)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level |= {"use_regex": True}
+    special = {"content": END_OF_TEXT, "normalized": False, "special": True}
+    special |= {"single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": vocab_size - 1, **special}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": context_length,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **tokens,
+        # text that spells <|endoftext|> stays text, as in training
+        "split_special_tokens": True,
+        "added_tokens_decoder": {str(vocab_size - 1): special},
+    }
+    return {
+        "tokenizer.json": to_json(tokenizer),
+        "tokenizer_config.json": to_json(settings),
+    }
+
+
+def config_files(checkpoint: dict, temperature: float, top_k: int) -> dict[str, str]:
+    """The text of config.json and generation_config.json of transformers' GPT-2."""
+    config = checkpoint["gpt_config"]
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
+    shape = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_ctx": config.context_length,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": config.init_std,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        **ids,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        # what a GPT-2 config has no field for, and reading it back needs
+        "storygpt": {"bias": config.bias} | {key: checkpoint[key] for key in ("step", "val_loss")},
+    }
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    generation = ids | sampling | {"max_length": config.context_length}
+    return {"config.json": to_json(shape), "generation_config.json": to_json(generation)}
+
+
+def to_json(content: dict) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_folder(folder: Path, checkpoint: dict, temperature: float, top_k: int) -> None:
+    """Writes a model for transformers into `folder`: weights, configuration and tokenizer.
+
+    The last two are how it tells stories where nobody says otherwise.
+    """
+    from safetensors.torch import save_file
+
+    config = checkpoint["gpt_config"]
+    tensors = to_transformers(checkpoint["model_state_dict"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    files = tokenizer_files(config.vocab_size, config.context_length)
+    for name, text in (files | config_files(checkpoint, temperature, top_k)).items():
+        (folder / name).write_text(text, encoding="utf-8")
