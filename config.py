@@ -4,49 +4,13 @@ Standard library only: this file is published beside `model.py`, so that a check
 loaded with nothing else of this repo. Field docstrings are the command-line help.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
-
-MAX_VOCAB_SIZE = 2**16  # token files are uint16
-
-
-class InputError(ValueError):
-    """Something the user can mend. Scripts print its one sentence and exit with status 1."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _require_numbers(config, positive: str, not_negative: str, fractions: str) -> None:
-    """Checks types and ranges of the named fields; raises InputError with the first that is off."""
-    for name in positive.split() + not_negative.split():
-        value, least = getattr(config, name), 1 if name in positive.split() else 0
-        whole = type(value) is int and value >= least
-        _require(whole, f"{name} must be a whole number of at least {least}, not {value!r}")
-    for name in fractions.split():
-        value = getattr(config, name)
-        inside = type(value) in (int, float) and 0 <= value < 1
-        _require(inside, f"{name} must be at least 0 and below 1, not {value!r}")
-
-
-def _require_choices(config) -> None:
-    """Checks every field annotated as a Literal; raises InputError naming the choices."""
-    for field in fields(config):
-        choices = getattr(field.type, "__args__", ())
-        if getattr(field.type, "__origin__", None) is Literal:
-            value = getattr(config, field.name)
-            listed = ", ".join(choices)
-            _require(value in choices, f"{field.name} must be one of {listed}, not {value!r}")
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2 style decoder; the defaults have exactly 57,387,520 parameters.
-
-    Raises InputError where the numbers do not fit together.
-    """
+    """The shape of a GPT-2 style decoder; the defaults have exactly 57,387,520 parameters."""
 
     vocab_size: int = 50257
     """Number of token ids, the end-of-text id (the last) included."""
@@ -67,26 +31,13 @@ class GPTConfig:
     1 / sqrt(n_embd)."""
 
     def __post_init__(self):
-        sizes = "vocab_size context_length n_layer n_head n_embd"
-        _require_numbers(self, sizes, "", "dropout init_std")
-        _require(type(self.bias) is bool, f"bias must be True or False, not {self.bias!r}")
-        _require(
-            self.vocab_size <= MAX_VOCAB_SIZE,
-            f"vocab_size {self.vocab_size} is over {MAX_VOCAB_SIZE}, the most a uint16 token file "
-            "can hold",
-        )
-        _require(
-            self.n_embd % self.n_head == 0,
-            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}",
-        )
+        """Raises InputError where the numbers do not fit together."""
+        check_gpt_config(self)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The recipe. A step is one optimizer update; the defaults see 65,536 tokens a step.
-
-    Raises InputError where the numbers do not fit together.
-    """
+    """The recipe. A step is one optimizer update; the defaults see 65,536 tokens a step."""
 
     batch_size: int = 64
     """Sequences in one micro-batch."""
@@ -116,8 +67,10 @@ class TrainingConfig:
     """Steps between evaluations (the last step is always evaluated)."""
     eval_iters: int = 100
     """Batches of batch_size validation windows an evaluation averages over."""
-    save_interval: int = 250
-    """Steps between saves of StoryGPT_latest.pt: the most that a power cut costs."""
+    save_minutes: float = 10.0
+    """Minutes between saves of StoryGPT_latest.pt: the most that a power cut costs."""
+    keep_interval: int = 0
+    """Steps between weights kept for good, as StoryGPT_step_005000.pt; 0 keeps none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the matrix products; auto takes bfloat16 where the GPU or CPU has it."""
     device: str = "auto"
@@ -128,55 +81,116 @@ class TrainingConfig:
     """Seed of the initial weights, the batches and dropout."""
 
     def __post_init__(self):
-        _require_numbers(
-            self,
-            "batch_size gradient_accumulation_steps max_steps eval_interval eval_iters"
-            " save_interval",
-            "warmup_steps seed",
-            "beta1 beta2",
-        )
-        _require_choices(self)
-        _require(0 <= self.story_windows <= 1, "story_windows must be between 0 and 1")
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
-            value = getattr(self, name)
-            valid = type(value) in (int, float) and 0 <= value < float("inf")
-            _require(valid, f"{name} must be a number of at least 0, not {value!r}")
-        _require(
-            self.warmup_steps < self.max_steps,
-            f"warmup_steps {self.warmup_steps} leaves nothing of max_steps {self.max_steps}: "
-            f"pass --warmup_steps {self.max_steps // 10}",
-        )
-        _require(
-            self.min_lr <= self.learning_rate,
-            f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}",
-        )
+        """Raises InputError where the numbers do not fit together."""
+        check_training_config(self)
 
 
-# Each preset is the default of every flag that a command line leaves out.
+# What each preset changes in the defaults above, for every flag that a command line leaves out.
 PRESETS = {
-    "storygpt": (GPTConfig(), TrainingConfig()),
+    "storygpt": ({}, {}),
     "demo": (
-        GPTConfig(
-            vocab_size=4096,
-            context_length=192,
-            n_layer=2,
-            n_head=8,
-            n_embd=128,
-            dropout=0.0,
-            init_std=0.09,
-        ),
-        TrainingConfig(
-            batch_size=8,
-            gradient_accumulation_steps=1,
-            max_steps=1_500,
-            warmup_steps=50,
-            learning_rate=8e-3,
-            min_lr=2e-4,
-            dtype="float32",
-            weight_decay=0.01,
-            story_windows=0.75,
-            eval_interval=150,
-            eval_iters=10,
-        ),
+        {
+            "vocab_size": 4096,
+            "context_length": 192,
+            "n_layer": 2,
+            "n_head": 8,
+            "n_embd": 128,
+            "dropout": 0.0,
+            "init_std": 0.09,
+        },
+        {
+            "batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 1_500,
+            "warmup_steps": 50,
+            "learning_rate": 8e-3,
+            "min_lr": 2e-4,
+            "weight_decay": 0.01,
+            "story_windows": 0.75,
+            "eval_interval": 150,
+            "eval_iters": 10,
+            "dtype": "float32",
+        },
     ),
 }
+
+
+def preset(name: str) -> tuple[GPTConfig, TrainingConfig]:
+    """The shape and the recipe of a preset."""
+    gpt, training = PRESETS[name]
+    return GPTConfig(**gpt), TrainingConfig(**training)
+
+
+# --- Checks ---
+
+
+class InputError(ValueError):
+    """Something the user can mend. Scripts print its one sentence and exit with status 1."""
+
+
+MAX_VOCAB_SIZE = 2**16  # token files are uint16
+
+
+def check_whole(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Raises InputError unless `value` is a whole number from `least` to `most`."""
+    if type(value) is not int or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if value > most:
+        raise InputError(f"{name} {value} is over {most}, the most it can be here")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raises InputError unless `value` is at least 0 and below 1."""
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise InputError(f"{name} must be at least 0 and below 1, not {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple) -> None:
+    """Raises InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_gpt_config(config: GPTConfig) -> None:
+    """Raises InputError with the first number that is off."""
+    for name, most in (
+        ("vocab_size", MAX_VOCAB_SIZE),
+        ("context_length", 2**20),
+        ("n_layer", 1_000),
+        ("n_head", 1_000),
+        ("n_embd", 2**16),
+    ):
+        check_whole(name, getattr(config, name), 1, most)
+    check_fraction("dropout", config.dropout)
+    check_fraction("init_std", config.init_std)
+    if type(config.bias) is not bool:
+        raise InputError(f"bias must be True or False, not {config.bias!r}")
+    if config.n_embd % config.n_head:
+        raise InputError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+
+
+def check_training_config(config: TrainingConfig) -> None:
+    """Raises InputError with the first number that is off."""
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_interval"):
+        check_whole(name, getattr(config, name), 1)
+    check_whole("eval_iters", config.eval_iters, 1)
+    check_whole("warmup_steps", config.warmup_steps, 0)
+    check_whole("keep_interval", config.keep_interval, 0)
+    check_whole("seed", config.seed, 0, 2**63 - 1)
+    for name in ("beta1", "beta2"):
+        check_fraction(name, getattr(config, name))
+    for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "save_minutes"):
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            raise InputError(f"{name} must be a number of at least 0, not {value!r}")
+    if not 0 <= config.story_windows <= 1:
+        raise InputError("story_windows must be between 0 and 1")
+    check_choice("optimizer", config.optimizer, ("adamw", "muon"))
+    check_choice("dtype", config.dtype, ("auto", "float32", "bfloat16", "float16"))
+    if config.warmup_steps >= config.max_steps:
+        raise InputError(
+            f"warmup_steps {config.warmup_steps} leaves nothing of max_steps {config.max_steps}: "
+            f"pass --warmup_steps {config.max_steps // 10}"
+        )
+    if config.min_lr > config.learning_rate:
+        raise InputError(f"min_lr {config.min_lr} is above learning_rate {config.learning_rate}")

@@ -1,15 +1,13 @@
 """Script: tells stories with a trained checkpoint, each word as it comes."""
 
-import codecs
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import InputError
-from storygpt.cli import parse_flags, run
+from config import check_whole
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -19,9 +17,10 @@ class Arguments:
     """Tell stories."""
 
     prompt: str = "Once upon a time"
-    """How the story begins; "" leaves that to the model."""
-    checkpoint: Path = Path("checkpoints/StoryGPT_best.pt")
-    """A .pt file, a folder that upload_to_hf.py made, or a model on the Hub: owner/name."""
+    """How the story begins; "" leaves that to the model. One that begins with a dash:
+    --prompt=-Hello."""
+    checkpoint: Path = DEFAULT_CHECKPOINT
+    """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub."""
     max_new_tokens: int = 200
     """Most tokens to add to the prompt."""
     temperature: float = 0.8
@@ -31,81 +30,79 @@ class Arguments:
     top_p: float = 1.0
     """Sample among the likeliest tokens that together reach this probability."""
     num_samples: int = 1
-    """Stories to tell, in one batch."""
+    """Stories to tell, in one batch: those of seed, seed + 1 and so on."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights."""
     seed: int = 1337
-    """The same seed tells the same stories on the same device."""
-
-
-class TextStream:
-    """Turns token ids into text as they come, holding back half-told characters."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def text(self, ids: Iterable[int], final: bool = False) -> str:
-        """The text that `ids` complete; with `final`, also whatever was held back."""
-        data = self.tokenizer.decode_bytes(list(ids))
-        return self.decoder.decode(data, final)
+    """The same seed tells the same story on the same device."""
 
 
 def main() -> None:
     arguments = parse_flags(Arguments)
-    if arguments.num_samples < 1:
-        raise InputError(f"num_samples must be at least 1, not {arguments.num_samples}")
+    check_whole("num_samples", arguments.num_samples, 1, 10_000)
+    check_whole("seed", arguments.seed, 0, 2**63 - 10_001)
 
     import torch
 
     from storygpt.checkpoint import load_model
     from storygpt.device import pick_device
-    from storygpt.tokenizer import load_tokenizer
+    from storygpt.kernels import pack_linears
 
-    device = pick_device(arguments.device)
-    model, _ = load_model(arguments.checkpoint, device)
+    model, _ = load_model(arguments.checkpoint, pick_device(arguments.device))
     model.to(getattr(torch, arguments.dtype))
-    tokenizer = load_tokenizer(model.config.vocab_size)
-    end_of_text = tokenizer.eot_token
-    prompt = tokenizer.encode_ordinary(arguments.prompt) or [end_of_text]
-    context_length = model.config.context_length
-    if len(prompt) > context_length:
-        print(
-            f"the prompt has {len(prompt)} tokens, more than the model's context of "
-            f"{context_length}: only its last {context_length} are read",
-            file=sys.stderr,
-        )
-        prompt = prompt[-context_length:]
+    pack_linears(model)
+    tell_aloud(model, arguments)
 
-    torch.manual_seed(arguments.seed)
-    idx = torch.tensor([prompt] * arguments.num_samples, device=device)
-    stories = [[] for _ in range(arguments.num_samples)]
-    first = TextStream(tokenizer)  # the first story is shown as it is told
+
+def tell_aloud(model, arguments: Arguments) -> None:
+    """Shows the first story as it is told, then the others, then the speed."""
+    import torch
+
+    from model import check_sampling
+    from storygpt.telling import generators, prompt_ids
+    from storygpt.tokenizer import TextStream, load_tokenizer
+
+    tokenizer = load_tokenizer(model.config.vocab_size)
+    start, context_length = prompt_ids(arguments.prompt, tokenizer), model.config.context_length
+    if len(start) > context_length:
+        hint(
+            f"the prompt has {len(start)} tokens, more than the model's context of "
+            f"{context_length}: only its last {context_length} are read"
+        )
+    if arguments.prompt.endswith(" "):
+        hint("the prompt ends in a space, which tokens begin with: without it the story is better")
+    device = model.wte.weight.device
+    seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
+    idx = torch.tensor([start] * len(seeds), device=device)
+    sampling = (arguments.temperature, arguments.top_k, arguments.top_p)
+    check_sampling(idx, arguments.max_new_tokens, *sampling)  # before the prompt is shown
     columns = model.stream(
         idx,
         arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        end_of_text=end_of_text,
+        *sampling,
+        end_of_text=tokenizer.eot_token,
+        generator=generators(seeds, device),
     )
-    start = time.perf_counter()
-    print(first.text(token for token in prompt if token != end_of_text), end="", flush=True)
+    begun, told = time.perf_counter(), 0
+    streams, texts = [TextStream(tokenizer) for _ in seeds], [[] for _ in seeds]
+    print(arguments.prompt, end="", flush=True)
     for column in columns:
-        for story, token in zip(stories, column[:, 0].tolist(), strict=True):
-            if end_of_text not in story:
-                story.append(token)
-                if story is stories[0] and token != end_of_text:
-                    print(first.text([token]), end="", flush=True)
-    print(first.text([], final=True))
-    seconds = time.perf_counter() - start
-    for story in stories[1:]:
-        ids = [token for token in prompt + story if token != end_of_text]
-        print("\n" + "-" * 40 + "\n" + TextStream(tokenizer).text(ids, final=True))
-    told = sum(map(len, stories))
-    print(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s", file=sys.stderr)
+        for stream, text, token in zip(streams, texts, column[:, 0].tolist(), strict=True):
+            told += not stream.ended
+            text.append(stream.add([token]))
+        print(texts[0][-1], end="", flush=True)
+    print(streams[0].close())
+    seconds = time.perf_counter() - begun
+    for stream, text in list(zip(streams, texts, strict=True))[1:]:
+        print("\n" + "-" * 40 + "\n" + arguments.prompt + "".join(text) + stream.close())
+    hint(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s")
+
+
+def hint(text: str) -> None:
+    """For whoever looks on, not for the story's file."""
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""GPT-2 (Radford et al., 2019) in PyTorch: forward, loss, parameter groups, cached generation.
+"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it tells a story.
 
-Imports only torch and `config`: this file is published beside the checkpoint.
+Published beside the checkpoint, so it imports torch and `config` only. B is the batch, T the
+tokens of a row, C = n_embd the width, d = C / n_head the width of a head.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,183 +16,79 @@ from torch import Tensor, nn
 from config import GPTConfig, InputError
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout(x, p), at a fraction of its price on CPUs.
+def written_out_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / √d) v, the equation itself (Vaswani et al., 2017, arXiv:1706.03762).
 
-    There sixteen random bits decide over each entry, as drawing those is several times as fast as
-    torch's Bernoulli numbers; p is rounded down to a multiple of 2⁻¹⁶.
+    q is (..., T, d), k and v are (..., S, d). Returns y (..., T, d) and the weights (..., T, S):
+    how much each query takes from each key. With `is_causal` query t sees keys 0 to t.
     """
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(bits >= int(p * 2**16) - 2**15, x / (1 - p), 0)
-
-
-def masked_softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> Tensor:
-    """softmax(q kᵀ / √d) v written out, for a torch without scaled_dot_product_attention.
-
-    q is (..., T, d); k and v are (..., S, d). attn_mask (T, S) is true where a query may look;
-    is_causal lets query t see keys 0 to t.
-    """
-    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        scores = torch.where(attn_mask, scores, -math.inf)
-    return dropout(scores.softmax(-1), dropout_p) @ v
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    weights = scores.softmax(-1)
+    return F.dropout(weights, dropout_p) @ v, weights
 
 
-attention = getattr(F, "scaled_dot_product_attention", masked_softmax_attention)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of softmax(x weightᵀ), a chunk of rows at a time.
-
-    The logits of a batch are its largest tensor by far, so they never exist as a whole: each
-    chunk's gradients are taken while its logits are there. Gradients are of the sum, scaled only
-    in backward: dividing by the number of tokens first would underflow in float16.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, keep_gradients: bool) -> Tensor:
-        """x (N, C), weight (V, C), targets (N,) to a () float32 loss; products in x's dtype."""
-        num_classes, on_gpu = len(weight), x.is_cuda
-        weight = weight.to(x.dtype)
-        if on_gpu:  # tensor cores want rows that start at aligned addresses
-            weight = F.pad(weight, (0, 0, 0, -num_classes % 64))
-        # Few chunks, as each adds to all of weight_grad; but float32 fills a CPU's caches early.
-        rows = max(
-            256, (2**21 if x.dtype == torch.float32 and not on_gpu else 2**26) // num_classes
-        )
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        if keep_gradients:
-            x_grad = torch.empty_like(x)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        for first in range(0, len(x), rows):
-            chunk, chunk_targets = x[first : first + rows], targets[first : first + rows]
-            at_targets = torch.arange(len(chunk), device=x.device), chunk_targets
-            logits = chunk @ weight.T
-            if on_gpu:
-                logits[:, num_classes:] = -math.inf
-            target_logits, largest = logits[at_targets].float(), logits.amax(-1).float()
-            probabilities = torch.softmax(logits, -1, out=logits)
-            # the log of the softmax's denominator, from its largest entry, which is never tiny
-            log_total = largest - probabilities.amax(-1).float().log()
-            log_probability = target_logits - log_total
-            loss -= log_probability.sum()
-            if keep_gradients:  # softmax minus one-hot, with all digits of a target nearly certain
-                error = probabilities
-                error[at_targets] = log_probability.expm1().to(error.dtype)
-                x_grad[first : first + rows] = error @ weight
-                weight_grad += error.T @ chunk
-        if keep_gradients:
-            ctx.save_for_backward(x_grad, weight_grad[:num_classes])
-        return loss
-
-    @staticmethod
-    def backward(ctx, loss_grad: Tensor):
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * loss_grad, weight_grad * loss_grad, None, None
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """F.cross_entropy(x @ weight.T, targets) without the logits in memory.
-
-    x is (N, C), weight (V, C), targets (N,) int64; the result is the mean, a () float32 tensor.
-    Under autocast the products run in its dtype; softmax and sums are always float32.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):  # it would have the softmax in float32
-        return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled()) / len(x)
-
-
-class Linear(nn.Linear):
-    """nn.Linear, and on CPUs faster ways to the same product for the few rows of decoding.
-
-    There a CPU spends longer on arranging the weights for its vector units than on multiplying,
-    so `pack` has oneDNN arrange a copy of them once for all tokens of a story. For up to four
-    float32 rows W xᵀ is faster still, given at least two columns.
-    """
-
-    packed: Tensor | None = None
-
-    def pack(self, rows: int | None) -> None:
-        """Packs for inputs of `rows` rows, where oneDNN can and it pays; None drops the copy."""
-        onednn, weight, self.packed = torch.ops.mkldnn, self.weight.detach(), None
-        if rows is None or not weight.is_cpu or not torch.backends.mkldnn.is_available():
-            return
-        if not hasattr(onednn, "_linear_pointwise"):  # torch does not promise the name
-            return
-        half = weight.dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported()
-        if half or (weight.dtype == torch.float32 and rows > 4):
-            self.packed = onednn._reorder_linear_weight(weight, rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not x.is_cpu or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        rows = x.numel() // self.in_features
-        if rows > 4 or x.dtype != torch.float32:
-            return super().forward(x)
-        size, x = x.shape[:-1], x.reshape(rows, -1)
-        x = torch.cat((x, x)) if rows == 1 else x
-        y = (self.weight @ x.T).T[:rows].contiguous().view(*size, self.out_features)
-        return y if self.bias is None else y + self.bias
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
+    """The same y by torch's fused kernel, or written out for a torch that has none."""
+    if hasattr(F, "scaled_dot_product_attention"):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+    return written_out_attention(q, k, v, dropout_p, is_causal)[0]
 
 
 class CausalSelfAttention(nn.Module):
+    """Each token takes from itself and those before it what its heads look for: (B, T, C) to same.
+
+    With a `cache`, the T tokens of `x` follow those in it, and are added to it.
+    """
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, position: int | Tensor = 0) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) to queries, keys and values of all heads, each (B, n_head, T, d)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, d)
-        seen = None
-        if isinstance(position, Tensor):  # every shape is the same for every token
-            cache.index_copy_(3, position, qkv[1:].to(cache.dtype))
-            k, v = cache
-            seen = torch.arange(k.size(2), device=x.device)[None] <= position  # (1, context_length)
-        elif cache is not None:  # (2, B, n_head, context_length, d)
-            cache[:, :, :, position : position + T] = qkv[1:]
-            k, v = cache[:, :, :, : position + T]
-        # A single query is the newest token, which sees all keys there are.
-        p = self.dropout * self.training
-        # With dropout torch writes attention out on CPUs too, and draws its masks slowly.
-        attend = masked_softmax_attention if p and x.device.type == "cpu" else attention
-        y = attend(q.to(k.dtype), k, v, seen, p, is_causal=T > 1)
-        y = y.to(qkv.dtype).transpose(1, 2).reshape(B, T, C)
-        return dropout(self.c_proj(y), p)
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = self.heads(x)
+        if cache is not None:  # the keys and values of all tokens so far
+            k, v = cache.append(k, v)
+        # A single query is the newest token, which may look at every key there is.
+        y = attention(q, k, v, dropout, is_causal=T > 1)
+        # the heads side by side again: (B, n_head, T, d) to (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), dropout)
 
 
 class MLP(nn.Module):
+    """What each token makes of what it has gathered, by itself: (B, T, C) to the same."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # GPT-2's tanh form, so that exported weights mean the same elsewhere
-        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return dropout(y, self.dropout * self.training)
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
+    """Attention, then the MLP; each reads a normalized copy and adds to the stream (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -197,13 +96,22 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, position: int | Tensor = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, position)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats a token: x (N, C), output embedding (V, C), targets (N,) int64 to ()."""
+    logits = F.linear(x, weight).float()
+    return F.cross_entropy(logits, targets)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer with learned positions and tied input and output embeddings."""
+
+    # Whoever trains may put in another way to the same number, which keeps no (N, V) logits.
+    loss_function = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -212,7 +120,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self.apply(self._init_weights)
 
@@ -240,40 +148,24 @@ class GPT(nn.Module):
         weights = self.num_parameters() - self.wpe.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.context_length
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups: the blocks' matrices, the embeddings, and the biases and norms.
+    def hidden(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+        """(B, T) int64 ids to (B, T, C), what the blocks make of each token.
 
-        The first two decay, the last does not.
+        With a `cache` (see `new_cache`) the tokens follow those in it, and are added to it.
+        Raises InputError where they do not fit the context, or are several after others, for
+        which the causal mask has no place here.
         """
-        matrices = [p for p in self.h.parameters() if p.dim() == 2]
-        vectors = [p for p in self.parameters() if p.dim() == 1]
-        return [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": [self.wte.weight, self.wpe.weight], "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-
-    def hidden(
-        self, idx: Tensor, cache: Tensor | None = None, position: int | Tensor = 0
-    ) -> Tensor:
-        """(B, T) ids to (B, T, n_embd) final states, for tokens at `position` and after.
-
-        `cache`, where given, is read and extended (see `new_cache`); T is then 1, or position 0.
-        A `position` that is a (1,) int64 tensor (T is 1) makes every shape the same for every
-        token, as a CUDA graph needs it, for the price of attending to the whole cache.
-        """
-        if isinstance(position, Tensor):
-            x = self.wte(idx) + self.wpe(position)
-        else:
-            end = position + idx.size(1)
-            if end > self.config.context_length:
-                raise InputError(
-                    f"{end} tokens do not fit context_length {self.config.context_length}"
-                )
-            x = self.wte(idx) + self.wpe.weight[position:end]
-        x = dropout(x, self.config.dropout * self.training)
+        T, past = idx.size(1), cache[0].length if cache else 0
+        if past + T > self.config.context_length:
+            raise InputError(
+                f"{past + T} tokens do not fit context_length {self.config.context_length}"
+            )
+        if past and T > 1:
+            raise InputError(f"a cache that holds tokens takes one more at a time, not {T}")
+        x = self.wte(idx) + self.wpe.weight[past : past + T]
+        x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], position)
+            x = block(x, cache[i] if cache else None)
         return self.ln_f(x)
 
     def forward(
@@ -287,30 +179,15 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        return None, linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+        return None, self.loss_function(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    def next_token(self, idx: Tensor, cache: Tensor, position: int | Tensor) -> Tensor:
-        """(B, T) ids at `position` and after to the (B, vocab_size) logits of the token to come."""
-        return self.lm_head(self.hidden(idx, cache, position)[:, -1])
+    # --- Telling a story ---
 
-    def new_cache(self, batch_size: int) -> Tensor:
-        """An empty cache of keys and values: (n_layer, 2, B, n_head, context_length, d).
+    def new_cache(self) -> list[KVCache]:
+        """An empty cache for one batch: a KVCache a block."""
+        return [KVCache(self.config.context_length) for _ in self.h]
 
-        At least float32 on CPUs, whose attention for one query is several times slower in bfloat16.
-        """
-        c, weight = self.config, self.wte.weight
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.context_length, c.n_embd // c.n_head)
-        dtype = weight.dtype
-        if weight.is_cpu:
-            dtype = torch.promote_types(dtype, torch.float32)
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
-
-    def pack(self, rows: int | None) -> None:
-        """Packs the weights of all products, see `Linear.pack`."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(rows)
-
+    @torch.no_grad()
     def stream(
         self,
         idx: Tensor,
@@ -319,100 +196,84 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         end_of_text: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Iterator[Tensor]:
         """Yields the continuation of (B, T) int64 `idx`, one (B, 1) column of ids at a time.
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the smallest set
         of likeliest tokens that reaches that probability (Holtzman et al., 2019). With
         `end_of_text` given, a row that has told it repeats it, and all rows having told it ends
-        the stream. Only the last context_length tokens of `idx` are read. When the context is
-        full, its last half is read again and the window goes on from there, so that a long story
-        costs one extra forward pass every context_length / 2 tokens.
+        the stream. `generator` draws for all rows, or is a sequence of one for each row.
 
-        Raises InputError for sampling arguments out of range or an empty `idx`.
+        Only the last context_length tokens of `idx` are read. When the context is full, its last
+        half is read again and the story goes on from there, so that a long one costs one more
+        forward pass every context_length / 2 tokens.
+
+        Raises InputError for sampling arguments out of range, an empty `idx`, and weights that
+        give no numbers.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
-        return self._stream(idx, max_new_tokens, temperature, top_k, top_p, end_of_text, generator)
-
-    @torch.no_grad()
-    def _stream(
-        self, idx, max_new_tokens, temperature, top_k, top_p, end_of_text, generator
-    ) -> Iterator[Tensor]:
         was_training = self.training
         self.eval()
         try:
-            B, end = idx.shape
             context_length = self.config.context_length
-            tokens = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-            first = cached = max(0, end - context_length)  # the window and the cache begin here
-            cache = self.new_cache(B)
-            decode = None
-            rows = 1 if (idx == idx[:1]).all() else B  # of the same prompt: read once for all
+            window, cache = idx[:, -context_length:], self.new_cache()
+            unread = window  # by the cache
             finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
             for _ in range(max_new_tokens):
-                if end - first > context_length:
-                    first = cached = end - max(1, context_length // 2)
-                if cached > first:  # all but the newest token is in the cache
-                    newest = tokens[:, cached:end], cache, cached - first
-                    if decode is None and cache.is_cuda:
-                        decode = GraphedDecoding(self, *newest)
-                    elif decode is None:
-                        decode = self.next_token
-                        if max_new_tokens >= 32:  # fewer do not earn what packing costs
-                            self.pack(B)
-                    logits = decode(*newest)
-                else:
-                    read = tokens[:rows, first:end]
-                    logits = self.next_token(read, cache[:, :, :rows], 0).expand(B, -1)
-                    cache[:, :, rows:, :, : end - first] = cache[:, :, :1, :, : end - first]
-                    rows = B
-                cached = end
+                logits = self.lm_head(self.hidden(unread, cache)[:, -1])
+                if not logits.isfinite().all():
+                    raise InputError("the model's logits are not finite: its weights are broken")
                 token = sample(logits, temperature, top_k, top_p, generator)
                 if end_of_text is not None:
                     token = token.masked_fill(finished, end_of_text)
                     finished = finished | (token == end_of_text)
-                tokens[:, end : end + 1] = token
-                end += 1
                 yield token
                 if end_of_text is not None and finished.all():
                     return
+                window, unread = torch.cat((window, token), dim=1), token
+                if window.size(1) > context_length:
+                    window = unread = window[:, -max(1, context_length // 2) :]
+                    cache = self.new_cache()
         finally:
-            self.pack(None)
             self.train(was_training)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        end_of_text: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
         """(B, T) int64 `idx` and its continuation, (B, at most T + max_new_tokens) int64.
 
-        Takes the arguments of `stream`.
+        The arguments are those of `stream`.
         """
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, end_of_text, generator)
+        return torch.cat([idx, *new], dim=1)
 
 
-class GraphedDecoding:
-    """`GPT.next_token` for one token a row, recorded once as a CUDA graph and replayed.
+class KVCache:
+    """Keys and values of one block's past tokens, so that each is computed once.
 
-    A replay is one launch; without it the GPU would wait for Python between a hundred small
-    kernels.
+    Memory for `capacity` tokens is taken at the first `append`, in its shape and dtype.
     """
 
-    def __init__(self, model: GPT, token: Tensor, cache: Tensor, position: int):
-        self.token = token.clone()
-        self.position = torch.full((1,), position, device=cache.device)
-        stream = torch.cuda.Stream()  # what a first call sets up must not be recorded
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            model.next_token(self.token, cache, self.position)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = model.next_token(self.token, cache, self.position)
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
 
-    def __call__(self, token: Tensor, cache: Tensor, position: int) -> Tensor:
-        self.token.copy_(token)
-        self.position.fill_(position)
-        self.graph.replay()
-        return self.logits
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds T tokens' (B, n_head, T, d) each; returns those of all tokens so far."""
+        if self.length == 0:
+            B, n_head, _, d = k.shape
+            self.k, self.v = (t.new_empty(B, n_head, self.capacity, d) for t in (k, v))
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 def check_sampling(
@@ -435,21 +296,24 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """(B, vocab_size) logits to (B, 1) int64 ids, drawn on the logits' device."""
-    if temperature == 0:
+    """(B, vocab_size) finite logits to (B, 1) int64 ids; the arguments are those of `stream`."""
+    if temperature < 1e-6:  # so little that dividing by it would only lose digits
         return logits.argmax(-1, keepdim=True)
-    likeliest = None
-    if top_k is not None and top_k < logits.size(-1):  # noise for k tokens costs less than for all
-        logits, likeliest = logits.topk(top_k)
-    logits = logits.float() / temperature
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier tokens
-        logits = logits.scatter(1, order, ordered.masked_fill(before >= top_p, -math.inf))
-    # Dividing by exponential noise and taking the largest draws from the softmax (the Gumbel-max
-    # trick) without the synchronization of torch.multinomial.
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    choice = (logits.softmax(-1) / noise).argmax(-1, keepdim=True)
-    return choice if likeliest is None else likeliest.gather(1, choice)
+    vocab_size = logits.size(-1)
+    ids = torch.arange(vocab_size, device=logits.device).expand_as(logits)
+    if (top_k or vocab_size) < vocab_size or (top_p or 1) < 1:  # the k likeliest, in order
+        logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if (top_p or 1) < 1:
+        before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    # Dividing by exponential noise and taking the largest draws from the distribution (the
+    # Gumbel-max trick) without the synchronization of torch.multinomial.
+    if isinstance(generator, Sequence):
+        rows = zip(probabilities, generator, strict=True)
+        noise = torch.stack([torch.empty_like(p).exponential_(generator=g) for p, g in rows])
+    else:
+        noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return ids.gather(1, (probabilities / noise).argmax(-1, keepdim=True))

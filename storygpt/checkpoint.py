@@ -8,6 +8,8 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,7 +49,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        with suppress(OSError):  # not every file system has modes
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
         if temporary:
@@ -61,7 +64,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise
     if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with suppress(OSError):  # nor can every one do that
+            os.fsync(folder)
         os.close(folder)
 
 
@@ -97,9 +101,11 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     for key, kind in KEYS.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
-    try:  # unpickling does not call __post_init__
+    try:  # unpickling does not call __post_init__; other versions have other fields
         for key in ("gpt_config", "training_config"):
-            KEYS[key](**vars(checkpoint[key]))
+            known = {field.name for field in fields(KEYS[key])}
+            given = vars(checkpoint[key]).items()
+            checkpoint[key] = KEYS[key](**{n: v for n, v in given if n in known})
     except (InputError, TypeError) as error:
         raise InputError(f"{path} has a {key} that is not valid: {error}") from error
     return checkpoint
@@ -112,37 +118,6 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
     except Exception as error:
         raise InputError(
             f"the weights in {path} do not fit its gpt_config: the file was put together wrongly"
-        ) from error
-
-
-def training_state(optimizers: list, schedules: list, scaler) -> dict:
-    """What resuming needs beside the weights and the step."""
-    return {
-        "optimizer_state_dicts": [optimizer.state_dict() for optimizer in optimizers],
-        "scheduler_state_dicts": [schedule.state_dict() for schedule in schedules],
-        "scaler_state_dict": scaler.state_dict(),
-    }
-
-
-def load_training_state(checkpoint: dict, optimizers, schedules, scaler, path: Path) -> None:
-    """Puts the `training_state` in `checkpoint` back.
-
-    Raises InputError where it is not all there, or is not of these optimizers and their weights.
-    """
-    try:
-        for name, parts in (("optimizer", optimizers), ("scheduler", schedules)):
-            for part, state in zip(parts, checkpoint[f"{name}_state_dicts"], strict=True):
-                part.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler_state_dict"])
-        checkpoint["best_val_loss"], checkpoint["skipped_steps"]
-        for optimizer in optimizers:
-            for parameter, state in optimizer.state.items():
-                if any(t.dim() and t.shape != parameter.shape for t in state.values()):
-                    raise ValueError("shape")
-    except Exception as error:  # load_state_dict raises whatever a foreign state runs into
-        raise InputError(
-            f"{path} cannot be resumed: its optimizer state does not fit its model; start without "
-            "--resume in another --checkpoint_dir"
         ) from error
 
 

@@ -1,41 +1,51 @@
-"""What the scripts share: flags out of dataclasses, and mistakes answered in one sentence."""
+"""What the scripts share: flags out of dataclasses, and mistakes answered in one sentence.
+
+A script imports this first: from then on Ctrl-C ends it quietly, also while torch loads.
+"""
 
 import contextlib
-import io
 import os
-import re
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from config import InputError
+from config import InputError, TrainingConfig
 
 DEFAULT_CHECKPOINT = Path("checkpoints/StoryGPT_best.pt")  # here, where no torch is imported
+STARTED = time.monotonic()
+
+
+def leave(*_) -> None:
+    os._exit(130)
+
+
+signal.signal(signal.SIGINT, leave)
 
 
 def parse_flags(arguments: type, default=None):
     """The command line as an instance of the dataclass `arguments`.
 
     Flags are the field names, of nested dataclasses too, with underscores; their help is the
-    field docstrings. Exits with status 2 and one sentence for flags that do not fit.
+    field docstrings. Exits with status 2 where they do not fit.
     """
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(arguments, default=default, use_underscores=True, config=config)
-    except SystemExit as error:
-        if error.code:
-            # tyro draws a box: a title, the message, a rule, and hints
-            message = box.getvalue().split("\n", 1)[-1].split("─" * 8)[0]
-            message = " ".join(message.replace("│", " ").split())
-            message = re.sub(r"^Error parsing [\w.]+: (?=\w+ )", "", message)
-            script = os.path.basename(sys.argv[0])
-            print(f"error: {message}; see python {script} --help", file=sys.stderr)
-        raise
+    return tyro.cli(arguments, default=default, use_underscores=True, config=config)
+
+
+def parse_first(arguments: type):
+    """The flags of `arguments` alone: those on which the defaults of the others depend."""
+    import tyro
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    found, _ = tyro.cli(
+        arguments, use_underscores=True, config=config, return_unknown_args=True, add_help=False
+    )
+    return found
 
 
 def progress_bar(**options):
@@ -45,25 +55,115 @@ def progress_bar(**options):
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
+def command_line(script: str, **flags) -> str:
+    """`python SCRIPT --flag value ...` as a shell takes it."""
+    words = ["python", script]
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def listen_for_signals(launched: bool) -> list[int]:
+    """A list that takes the signals, Ctrl-C and SIGTERM, that ask the caller to stop.
+
+    A second Ctrl-C ends the process at once; but not a process that torchrun has `launched`, whose
+    launcher passes on what a terminal or a scheduler has sent to all of them already.
+    """
+    received = []
+
+    def request_stop(number, frame) -> None:
+        received.append(number)
+        if number == signal.SIGINT and not launched:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    return received
+
+
+class _Unfailing:
+    """A stream whose reader may leave and whose disk may fill without an error here."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def never_stop_for_output() -> None:
+    """From here on what cannot be printed is lost, and nothing else."""
+    sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no memory for it; torch raises RuntimeErrors on CPUs."""
+    kind, message = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (kind == "OutOfMemoryError" or ("alloc" in message and "memory" in message))
+    )
+
+
+def less_memory(config: TrainingConfig) -> str:
+    """What to do where memory does not suffice: the same run in smaller pieces."""
+    size, steps = config.batch_size, config.gradient_accumulation_steps
+    factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
+    if factor == 1:
+        return "there is not enough memory: pass a smaller --context_length, --n_layer or --n_embd"
+    return (
+        f"there is not enough memory; the same run in less: --batch_size {size // factor} "
+        f"--gradient_accumulation_steps {steps * factor}"
+    )
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls `main` as a script's body: no traceback for what the user can mend or meant to do."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # what the terminal or file cannot show is replaced
+            stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()  # here, where a full disk still has a sentence
     except InputError as error:
-        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes say the same
-            sys.exit(1)
-        sys.exit(f"error: {error}")
+        fail(str(error))
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        sys.exit(
-            f"error: {error.strerror or error}: {error.filename or 'while reading or writing'}"
-        )
-    except RuntimeError as error:  # gloo has no type of its own for a peer that is gone
-        if "RANK" not in os.environ or " by peer" not in str(error):
-            raise
-        sys.exit("error: lost another process of this run; what ended it is in that one's output")
+        place = error.filename or "while reading or writing"
+        fail(f"{error.strerror or error}: {place}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            fail("there is not enough memory for this: pass smaller numbers")
+        # gloo has no type of its own for a peer that is gone
+        if type(error).__name__.startswith("Dist") or "by peer" in str(error):
+            fail("lost another process of this run; what ended it is in that one's output")
+        raise
+
+
+def fail(message: str) -> None:
+    """Ends the script with one sentence and status 1.
+
+    Of a node's processes under torchrun one speaks for all, as all say the same.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    others = "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    sys.exit(1 if others else f"error: {message}")

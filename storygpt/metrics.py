@@ -1,0 +1,217 @@
+"""What a run tells about itself: metrics.jsonl, the plot, and a tracker where one is wanted."""
+
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from config import InputError
+from storygpt.checkpoint import write_atomically
+from storygpt.cli import progress_bar
+
+METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to `last_step`, to which the file is cut.
+
+    A power cut can leave half of the last line, which does not count. Raises InputError, the file
+    untouched, where another line is not one that training wrote.
+    """
+    if not path.exists():
+        if last_step:
+            print(f"{path} is missing: the curves begin at step {last_step:,}", file=sys.stderr)
+        return []
+    text = path.read_bytes()
+    lines = text.removeprefix(b"\xef\xbb\xbf").splitlines()
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            follows = not metrics or entry["step"] == metrics[-1]["step"] + 1
+            learned = entry["step"] == 0 or math.isfinite(entry["train_loss"])
+            if not (follows and learned and entry["tokens"] >= 0):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise InputError(
+                f"line {number} of {path} is not one that training wrote: mend or remove it, or "
+                "move the file away to go on without it"
+            ) from error
+        metrics.append(entry)
+    metrics = [entry for entry in metrics if entry["step"] <= last_step]
+    kept = "".join(json.dumps(entry) + "\n" for entry in metrics).encode()
+    if kept != text:
+        write_atomically(path, lambda file: file.write(kept))
+    return metrics
+
+
+def append_metrics(path: Path, entry: dict) -> None:
+    """Adds one line of strict JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """A running mean that does not lag: over as many values before as after, a fiftieth of all at
+    the most and fewer towards both ends."""
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index // 4, len(values) - 1 - index), len(values) // 100)
+    sums = np.concatenate(([0.0], values.cumsum()))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def draw_loss_plot(metrics: list[dict], path: Path) -> None:
+    """Draws train and validation loss over tokens seen, the best validation loss marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    trained = [entry for entry in metrics if "train_loss" in entry]
+    validated = [entry for entry in metrics if "val_loss" in entry]
+    if not validated:
+        return
+    tokens, val_tokens = (
+        np.array([entry["tokens"] for entry in entries]) / 1e6 for entries in (trained, validated)
+    )
+    train_loss = np.array([entry["train_loss"] for entry in trained])
+    val_loss = np.array([entry["val_loss"] for entry in validated])
+    best = val_loss.argmin()
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens, train_loss, color="tab:blue", alpha=0.2, linewidth=0.8)
+    axes.plot(tokens, smoothed(train_loss), color="tab:blue", label="train")
+    axes.plot(val_tokens, val_loss, color="tab:orange", marker=".", label="validation")
+    label = f"best validation {val_loss[best]:.3f} at step {validated[best]['step']:,}"
+    axes.plot(val_tokens[best], val_loss[best], "*", color="tab:red", markersize=14, label=label)
+    # On a linear axis the first steps would leave no room for all the others.
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats a token)", title="StoryGPT")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, lambda file: file.write(image.getvalue()))
+
+
+def start_tracker(name: str, config: dict, run_id: str, directory: Path) -> Callable[[dict], None]:
+    """A callable that sends an entry of metrics.jsonl to `wandb` or `trackio`, or nowhere.
+
+    Both share one API. `run_id` is the run's own, so that a resumed run goes on under its name.
+    A tracker that fails later costs one warning and no more entries. Raises InputError where it is
+    not installed or cannot start.
+    """
+    if name == "none":
+        return lambda entry: None
+    try:
+        tracker = __import__(name)
+    except ImportError as error:
+        raise InputError(
+            f"--tracker {name} needs the package {name}: pip install {name}"
+        ) from error
+    try:
+        run = tracker.init(
+            project="storygpt", name=f"{directory.resolve().name}-{run_id}", config=config,
+            resume="allow", **({"id": run_id, "dir": str(directory)} if name == "wandb" else {}),
+        )  # fmt: skip
+    except Exception as error:
+        raise InputError(f"--tracker {name} cannot start: {one_line(error)}") from error
+    works = True
+
+    def track(entry: dict) -> None:
+        nonlocal works
+        if not works:
+            return
+        try:
+            run.log(entry, step=entry["step"])
+        except Exception as error:  # whatever decorates must never end a run
+            works = False
+            print(f"--tracker {name} has failed and is off: {one_line(error)}", file=sys.stderr)
+
+    return track
+
+
+class Log:
+    """Shows a run while it trains: bar, plot, samples, tracker.
+
+    What only decorates must never end a run: a failure costs a warning. `mfu_per_speed` times
+    tokens/s is the share of the device's peak FLOP/s, where that is known; `memory` tells the most
+    bytes used so far, where they are.
+    """
+
+    def __init__(
+        self,
+        metrics: list[dict],
+        step: int,
+        max_steps: int,
+        plot: Path,
+        track: Callable[[dict], None],
+        mfu_per_speed: float | None,
+        memory: Callable[[], int | None],
+    ):
+        self.metrics, self.plot, self.track = metrics, plot, track
+        self.mfu_per_speed, self.memory = mfu_per_speed, memory
+        self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
+        self.bar = progress_bar(total=max_steps, initial=step, unit="step")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.attempt(self.bar.close)
+
+    def attempt(self, show: Callable, *arguments) -> None:
+        try:
+            show(*arguments)
+        except Exception as error:
+            print(f"could not show the run: {one_line(error)}", file=sys.stderr)
+
+    def add(self, entry: dict) -> None:
+        """Shows an entry of metrics.jsonl."""
+        self.metrics.append(entry)
+        self.attempt(self._show, entry)
+        self.attempt(self.track, entry)
+        if "val_loss" in entry:
+            self.attempt(draw_loss_plot, self.metrics, self.plot)
+
+    def _show(self, entry: dict) -> None:
+        speed, step = entry["tokens_per_second"], entry["step"]
+        shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+        if self.mfu_per_speed:
+            shown["MFU"] = f"{self.mfu_per_speed * speed:.1%}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if step == self.first_step + 20:  # the speed has settled
+            recent = self.metrics[-10:]
+            seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
+            left = timedelta(seconds=round(seconds * (self.max_steps - step)))
+            self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
+        if "val_loss" in entry:
+            losses = f"train loss {entry['train_loss']:.4f}, val_loss {entry['val_loss']:.4f}"
+            self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}")
+
+    def speed(self) -> str:
+        """That of the whole time since the start."""
+        made = [entry for entry in self.metrics if entry["step"] > self.first_step]
+        tokens = made[-1]["tokens"] * len(made) / made[-1]["step"] if made else 0
+        rate = tokens / (time.monotonic() - self.start)
+        return f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
+
+    def _in_memory(self) -> str:
+        most = self.memory()
+        return f", {most / 1e9:.1f} GB of memory at the peak" if most else ""
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

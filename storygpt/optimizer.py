@@ -1,0 +1,117 @@
+"""From gradients to new weights: parameter groups, optimizers, schedule and float16's scale."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from config import TrainingConfig
+from model import GPT
+
+
+def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
+    """The blocks' matrices, the embeddings, and the biases and norms, which do not decay."""
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": [model.wte.weight, model.wpe.weight], "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Fused AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101) for all weights; with
+    `optimizer="muon"`, Muon (Jordan et al., 2024) for the blocks' matrices and AdamW for the rest.
+
+    Muon's updates are scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), so
+    that both follow the same learning rate.
+    """
+    groups, muon = parameter_groups(model, config.weight_decay), []
+    if config.optimizer == "muon":
+        matrices = groups.pop(0)
+        muon = [torch.optim.Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]
+    betas = (config.beta1, config.beta2)
+    return [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True), *muon]
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LRScheduler:
+    """Linear warm-up, then a cosine to min_lr at max_steps."""
+    cosine = CosineAnnealingLR(
+        optimizer, T_max=config.max_steps - config.warmup_steps, eta_min=config.min_lr
+    )
+    if config.warmup_steps == 0:
+        return cosine
+    warmup = LinearLR(optimizer, start_factor=0.001, total_iters=config.warmup_steps)
+    return SequentialLR(optimizer, [warmup, cosine], milestones=[config.warmup_steps])
+
+
+class Optimizer:
+    """The optimizers, their schedules and the scaler of float16, as one with one state.
+
+    `backward` for every micro-batch, then one `step`.
+    """
+
+    # A healthy scale settles far above this; below it every step is being skipped.
+    LEAST_SCALE = 2**-14
+
+    def __init__(self, model: GPT, config: TrainingConfig, device: torch.device, dtype):
+        self.parameters = list(model.parameters())
+        self.grad_clip = config.grad_clip or math.inf
+        self.optimizers = build_optimizers(model, config)
+        self.schedules = [build_schedule(optimizer, config) for optimizer in self.optimizers]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return self.schedules[0].get_last_lr()[0]
+
+    @property
+    def collapsed(self) -> bool:
+        return self.scaler.is_enabled() and self.scaler.get_scale() < self.LEAST_SCALE
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a () loss."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> tuple[Tensor, bool]:
+        """Clips, updates the weights and moves the schedule on; gradients are zero after it.
+
+        Returns the () gradient norm before clipping, and whether the step was skipped because
+        float16 overflowed: then no optimizer steps, also where its own gradients are finite, and
+        the schedule waits.
+        """
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        skipped = self.scaler.is_enabled() and not bool(grad_norm.isfinite())
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            if not skipped:
+                self.scaler.step(optimizer)
+                schedule.step()
+            optimizer.zero_grad()
+        self.scaler.update()
+        return grad_norm, skipped
+
+    def state_dict(self) -> dict:
+        """What resuming needs beside the weights and the step."""
+        return {
+            "optimizer_state_dicts": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scheduler_state_dicts": [schedule.state_dict() for schedule in self.schedules],
+            "scaler_state_dict": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Puts a `state_dict` back. Another model's raises whatever it runs into."""
+        for name, parts in (("optimizer", self.optimizers), ("scheduler", self.schedules)):
+            for part, saved in zip(parts, state[f"{name}_state_dicts"], strict=True):
+                part.load_state_dict(saved)
+        # A run that was in another precision so far has no scale to go on with.
+        if state["scaler_state_dict"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler_state_dict"])
+        for optimizer in self.optimizers:
+            for parameter, saved in optimizer.state.items():
+                if any(t.dim() and t.shape != parameter.shape for t in saved.values()):
+                    raise ValueError("other shapes than the weights")

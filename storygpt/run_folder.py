@@ -1,0 +1,211 @@
+"""A run and its folder: no other run writes there, nothing is overwritten, every file is whole."""
+
+import errno
+import math
+import os
+import re
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from config import GPTConfig, InputError, TrainingConfig
+from model import GPT
+from storygpt.checkpoint import (
+    BEST,
+    FINAL,
+    LATEST,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from storygpt.metrics import METRICS, PLOT, append_metrics, read_metrics
+from storygpt.optimizer import Optimizer
+
+# What a file system without locks answers.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+# Fields that may differ when a run is resumed: they change when and where, not what.
+FREE_FIELDS = ("device", "compile", "save_minutes", "keep_interval")
+
+
+def step_name(step: int) -> str:
+    """The file that `--keep_interval` keeps of `step`."""
+    return f"StoryGPT_step_{step:06}.pt"
+
+
+@dataclass
+class TrainState:
+    """What changes while training."""
+
+    model: GPT
+    optimizer: Optimizer
+    step: int = 0
+    val_loss: float = math.inf
+    best_val_loss: float = math.inf
+    skipped_steps: int = 0
+
+    def weights(self, gpt: GPTConfig, training: TrainingConfig) -> dict:
+        """What every checkpoint holds."""
+        return {
+            "gpt_config": gpt,
+            "training_config": training,
+            "model_state_dict": self.model.state_dict(),
+            "step": self.step,
+            "val_loss": self.val_loss,
+        }
+
+    def rest(self) -> dict:
+        """What resuming needs beside them."""
+        numbers = {"best_val_loss": self.best_val_loss, "skipped_steps": self.skipped_steps}
+        return numbers | self.optimizer.state_dict()
+
+    def load(self, checkpoint: dict, path: Path) -> None:
+        """Puts both back. Raises InputError where something is lacking or does not fit."""
+        load_weights(self.model, checkpoint["model_state_dict"], path)
+        try:
+            self.optimizer.load_state_dict(checkpoint)
+            for name in ("step", "val_loss", "best_val_loss", "skipped_steps"):
+                setattr(self, name, checkpoint[name])
+        except Exception as error:  # load_state_dict raises whatever a foreign state runs into
+            raise InputError(
+                f"{path} cannot be resumed: its optimizer state does not fit its model; start "
+                "without --resume in another --checkpoint_dir"
+            ) from error
+
+
+class RunFolder:
+    """One run's checkpoints and metrics on disk."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.writer, self.writing = ThreadPoolExecutor(1), Future()
+        self.writing.set_result(None)
+
+    def steps_made(self) -> bool:
+        """Whether metrics.jsonl tells of a step."""
+        path = self.directory / METRICS
+        return path.exists() and any(
+            line.strip() and b'"step": 0,' not in line for line in path.read_bytes().splitlines()
+        )
+
+    def unfinished(self) -> dict | None:
+        """The checkpoint to go on from; None where no step was ever made.
+
+        Raises InputError where a run's checkpoint is gone or damaged.
+        """
+        latest = self.directory / LATEST
+        if not latest.exists():
+            if held := self.held():
+                raise InputError(
+                    f"{self.directory} has {held} but not {LATEST}, from which alone a run can be "
+                    "resumed: put it back, or pass another --checkpoint_dir"
+                )
+            return None
+        checkpoint = load_checkpoint(latest)
+        return checkpoint if checkpoint["step"] or self.steps_made() else None
+
+    def check_same_run(self, resumed: dict, gpt: GPTConfig, training: TrainingConfig) -> None:
+        """Raises InputError with every setting in which the two would change a resumed run."""
+        before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
+        now = asdict(gpt) | asdict(training)
+        differences = [
+            f"{name} was {before[name]} and is now {now[name]}"
+            for name in before
+            if name not in FREE_FIELDS and before[name] != now[name]
+        ]
+        if differences:
+            raise InputError(
+                f"--resume would change the run in {self.directory}: {'; '.join(differences)}. "
+                "Leave those flags out, or pass another --checkpoint_dir without --resume"
+            )
+
+    def check_unused(self) -> None:
+        """Raises InputError where a new run would overwrite another."""
+        if held := self.held():
+            raise InputError(
+                f"{self.directory} already holds a run ({held}): continue it with --resume, or "
+                "pass another --checkpoint_dir"
+            )
+
+    def held(self) -> str | None:
+        """The name of a file that a run has left here, or None."""
+        names = [BEST, FINAL, PLOT, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
+        if self.steps_made():
+            return METRICS
+        if found := next((name for name in names if (self.directory / name).exists()), None):
+            return found
+        # A first checkpoint of a run that never made a step holds nothing.
+        latest = self.directory / LATEST
+        return LATEST if latest.exists() and load_checkpoint(latest)["step"] else None
+
+    def open(self, step: int) -> list[dict]:
+        """Locks the folder, made if need be, and returns the metrics up to `step`.
+
+        Raises InputError where another process has it, or metrics.jsonl is spoiled.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.directory / ".lock")  # ends with its process, however that ends
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InputError(
+                f"another process is training in {self.directory}: wait for it, or pass another "
+                "--checkpoint_dir"
+            ) from error
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"{self.directory} is on a disk without locks: nothing keeps a second run out",
+                file=sys.stderr,
+            )
+        for path in self.directory.iterdir():  # of a process killed while it was saving
+            if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
+                path.unlink()
+        metrics = read_metrics(self.directory / METRICS, step)
+        (self.directory / METRICS).touch()
+        return metrics
+
+    def append(self, entry: dict) -> None:
+        append_metrics(self.directory / METRICS, entry)
+
+    def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
+        """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.
+
+        Writes in a thread, from a copy, while training goes on. Raises InputError where the
+        weights are not finite, and where the save before this one has failed.
+        """
+        self.wait()
+        finite = [w.isfinite().all() for w in checkpoint["model_state_dict"].values()]
+        if not torch.stack(finite).all():
+            raise InputError(
+                f"step {checkpoint['step']} has made weights that are not finite, which were not "
+                f"saved; the last good checkpoint is {self.directory / LATEST}. Likely cause: too "
+                "high a --learning_rate"
+            )
+        checkpoint = on_cpu(checkpoint)
+        resume = on_cpu(resume) if LATEST in names else {}
+        self.writing = self.writer.submit(self._write, names, checkpoint, resume)
+
+    def _write(self, names: list[str], checkpoint: dict, resume: dict) -> None:
+        with open(self.directory / METRICS, "rb") as file:
+            os.fsync(file.fileno())  # a checkpoint never outlives its steps' metrics
+        for name in names:
+            whole = checkpoint | resume if name == LATEST else checkpoint
+            save_checkpoint(self.directory / name, whole)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises InputError where it could not be written."""
+        self.writing.result()
+
+
+def on_cpu(value):
+    """A copy of a nested state, its tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [on_cpu(part) for part in value]
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value

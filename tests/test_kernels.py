@@ -1,0 +1,147 @@
+"""The fast forms against the plain ones, in float64 where there is a number to compare."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICES
+
+from config import GPTConfig
+from model import GPT, cross_entropy
+from storygpt import kernels
+from storygpt.kernels import chunked_cross_entropy, onednn_operators, pack_linears
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def small_gpt(**changes) -> GPT:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 301, "context_length": 32, "n_layer": 2, "n_head": 4, "n_embd": 48}
+    return GPT(GPTConfig(**shape | {"dropout": 0.0, "init_std": 0.1} | changes))
+
+
+@pytest.mark.parametrize("rows", [1, 511, 512, 1300])
+def test_chunked_cross_entropy_equals_float64(rows, device):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 24, device=device, requires_grad=True)
+    weight = torch.randn(3001, 24, device=device, requires_grad=True)
+    targets = torch.randint(3001, (rows,), device=device)
+    loss = chunked_cross_entropy(x, weight, targets)
+    (3 * loss).backward()
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy(x64 @ weight64.T, targets)
+    (3 * expected).backward()
+    assert abs(loss.item() / expected.item() - 1) < 1e-6
+    for grad, grad64 in ((x.grad, x64.grad), (weight.grad, weight64.grad)):
+        assert (grad - grad64).norm() / grad64.norm() < 1e-6
+    with torch.no_grad():
+        assert chunked_cross_entropy(x, weight, targets).item() == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunked_cross_entropy_under_autocast_is_as_close_as_the_plain_loss(dtype, device):
+    torch.manual_seed(0)
+    x = torch.randn(1500, 24, device=device, requires_grad=True)
+    weight = torch.randn(3001, 24, device=device, requires_grad=True)
+    targets = torch.randint(3001, (1500,), device=device)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    exact = F.cross_entropy(x64 @ weight64.T, targets)
+    exact_grads = torch.autograd.grad(exact, (x64, weight64))
+    errors = {}
+    for function in (cross_entropy, chunked_cross_entropy):
+        with torch.autocast(device, dtype):
+            loss = function(x, weight, targets)
+        scale = 2.0**10  # as float16's scaler does
+        grads = torch.autograd.grad(loss * scale, (x, weight))
+        errors[function] = [abs(loss.item() - exact.item()) / exact.item()] + [
+            ((g / scale - g64).norm() / g64.norm()).item()
+            for g, g64 in zip(grads, exact_grads, strict=True)
+        ]
+    for plain, chunked in zip(*errors.values(), strict=True):
+        assert chunked < 2 * plain + 1e-4 and chunked < 0.02
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_fifty_steps_follow_the_plain_loss(dtype, tolerance, device):
+    def losses(function) -> torch.Tensor:
+        model = small_gpt().to(device).train()
+        model.loss_function = function
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        seen = []
+        for step in range(50):
+            generator = torch.Generator().manual_seed(step % 5)
+            rows = torch.randint(301, (8, 33), generator=generator).to(device)
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                loss = model(rows[:, :-1], rows[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        return torch.stack(seen)
+
+    plain, chunked = losses(cross_entropy), losses(chunked_cross_entropy)
+    assert plain[-1] < plain[0] - 0.3  # something was learned
+    assert ((chunked - plain).abs() / plain).max() <= tolerance
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_equal_eager_ones(backend, device):
+    """On torch 2.11 a compiled loss that changed its result in place had gradients of exactly 0."""
+    torch.manual_seed(1)
+    model = small_gpt().to(device)
+    model.loss_function = chunked_cross_entropy
+    rows = torch.randint(301, (4, 33), device=device)
+    gradients = []
+    for forward in (model, torch.compile(model, backend=backend)):
+        model.zero_grad()
+        forward(rows[:, :-1], rows[:, 1:])[1].backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    eager, compiled = gradients
+    for name, grad in eager.items():
+        assert grad.norm() > 0 and torch.allclose(compiled[name], grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_a_compiled_step_breaks_its_graph_only_at_the_loss():
+    model = small_gpt(dropout=0.1).train()
+    model.loss_function = chunked_cross_entropy
+    rows = torch.randint(301, (4, 33))
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(rows[:, :-1], rows[:, 1:])
+    assert explained.graph_break_count <= 1 and explained.graph_count <= 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@torch.no_grad()
+def test_packed_model_equals_the_plain_one(dtype, tolerance, bias):
+    plain = small_gpt(bias=bias).to(dtype).eval()
+    packed = copy.deepcopy(plain)
+    pack_linears(packed)
+    if onednn_operators():
+        assert not any(isinstance(m, torch.nn.Linear) for m in packed.modules())
+    for rows, length in ((1, 1), (3, 7), (8, 32)):
+        x = torch.randint(301, (rows, length))
+        expected = copy.deepcopy(plain).double()(x)[0]
+        assert torch.allclose(packed(x)[0].double(), expected, atol=tolerance, rtol=tolerance)
+    if dtype == torch.float32:
+        x = torch.randint(301, (2, 5))
+        assert torch.equal(packed.generate(x, 60, 0.0), plain.generate(x, 60, 0.0))
+
+
+@pytest.mark.parametrize(
+    "lacking", ["_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"]
+)
+@torch.no_grad()
+def test_a_torch_without_an_operator_tells_the_same_story(lacking, monkeypatch):
+    names = {"_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"} - {lacking}
+    there = type("mkldnn", (), {name: getattr(torch.ops.mkldnn, name) for name in names})
+    monkeypatch.setattr(kernels.torch, "ops", type("ops", (), {"mkldnn": there}))
+    model, x = small_gpt().eval(), torch.randint(301, (2, 5))
+    expected = model.generate(x, 40, 0.0)
+    pack_linears(model)
+    assert any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    assert torch.equal(model.generate(x, 40, 0.0), expected)
