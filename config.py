@@ -84,6 +84,10 @@ class TrainingConfig:
         """Raises InputError where the numbers do not fit together."""
         check_training_config(self)
 
+    def tokens_per_step(self, context_length: int) -> int:
+        """Tokens that a step trains on, of all processes together."""
+        return self.batch_size * self.gradient_accumulation_steps * context_length
+
 
 # What each preset changes in the defaults above, for every flag that a command line leaves out.
 PRESETS = {

@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +30,6 @@ from storygpt.device import (
     autocast,
     compile_model,
     dtype_name,
-    peak_flops,
-    peak_memory,
     pick_device,
     pick_dtype,
     to_device,
@@ -40,14 +37,14 @@ from storygpt.device import (
 from storygpt.distributed import MORE_TO_DO, Processes
 from storygpt.kernels import chunked_cross_entropy
 from storygpt.losses import estimate_loss
-from storygpt.metrics import PLOT, Log, start_tracker
+from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
 from storygpt.run_folder import RunFolder, TrainState, step_name
-from storygpt.telling import tell
 from storygpt.token_files import (
     data_fingerprint,
     load_meta,
     load_tokens,
+    mixed_seed,
     story_starts,
     training_batch,
 )
@@ -92,13 +89,8 @@ class Setting:
     train_tokens: np.ndarray
     val_tokens: np.ndarray
     stories: np.ndarray
+    tokens_per_step: int
     remembered: dict  # by StoryGPT_latest.pt: data, dtype, run_id
-
-    @property
-    def tokens_per_step(self) -> int:
-        config = self.arguments.training
-        windows_per_step = config.batch_size * config.gradient_accumulation_steps
-        return windows_per_step * self.arguments.gpt.context_length
 
 
 def main() -> None:
@@ -108,9 +100,7 @@ def main() -> None:
         setting, state = set_up(arguments, resumed)
         status = train(setting, state)
     except Exception as error:
-        if not cli.is_out_of_memory(error):
-            raise
-        raise InputError(cli.less_memory(arguments.training)) from error
+        raise cli.with_advice(error, arguments.training) from error
     setting.processes.part()
     sys.exit(status)
 
@@ -177,10 +167,8 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
         state.load(resumed, arguments.checkpoint_dir / LATEST)
         if resumed["dtype"] != remembered["dtype"]:
             print(f"this run was in {resumed['dtype']} and goes on in {remembered['dtype']}")
-    setting = Setting(
-        arguments, processes, device, dtype, train_tokens, val_tokens, stories, remembered
-    )
-    return setting, state
+    tokens = (train_tokens, val_tokens, stories, config.tokens_per_step(gpt.context_length))
+    return Setting(arguments, processes, device, dtype, *tokens, remembered), state
 
 
 # --- The loop ---
@@ -219,7 +207,7 @@ def train(setting: Setting, state: TrainState) -> int:
 
             # --- Save ---
             if "val_loss" in entry:
-                log.attempt(add_sample, entry, state.model, config.seed)
+                log.attempt(log.add_sample, entry, state.model, config.seed)
             folder.append(entry)
             names = [FINAL] if last else []
             if entry.get("val_loss", math.inf) < state.best_val_loss:
@@ -237,7 +225,8 @@ def train(setting: Setting, state: TrainState) -> int:
         if processes.is_main:
             folder.wait()
     if processes.is_main:
-        say_how_it_ended(setting, state, status, log.speed())
+        directories = {"data_dir": setting.arguments.data_dir, "checkpoint_dir": folder.directory}
+        print(log.ending(status, state.best_val_loss, directories))
     # torchrun would take any other status for a death, and start all processes anew.
     return 0 if status == MORE_TO_DO and processes.launched else status
 
@@ -264,7 +253,7 @@ def train_step(
             config.story_windows,
         )
         setting.processes.synchronize_gradients(model, micro_batch == own[-1])
-        torch.manual_seed(dropout_seed(config.seed, state.step, micro_batch))
+        torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))
         with autocast(setting.device, setting.dtype):
             _, loss = model(to_device(x, setting.device), to_device(y, setting.device))
         state.optimizer.backward(loss / len(own))
@@ -283,11 +272,6 @@ def train_step(
     if setting.dtype == torch.float16:
         entry["skipped_steps"] = state.skipped_steps
     return entry, status
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """The seed of all random numbers of one micro-batch."""
-    return int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0])
 
 
 def check(setting: Setting, state: TrainState, entry: dict) -> None:
@@ -335,36 +319,14 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
         f"{setting.tokens_per_step:,} a step, {epochs:.1f} epochs"
     )
     flops = state.model.flops_per_token() / setting.processes.world_size
-    peak = peak_flops(setting.device) if setting.dtype != torch.float32 else None
-    memory = partial(peak_memory, setting.device)
-    plot = folder.directory / PLOT
-    log = Log(metrics, state.step, config.max_steps, plot, track, peak and flops / peak, memory)
-    return folder, log
+    speed = (flops, setting.device, setting.dtype)
+    return folder, Log(metrics, state.step, config.max_steps, folder.directory, track, *speed)
 
 
 def save(setting: Setting, state: TrainState, folder: RunFolder, names: list[str]) -> None:
     """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     weights = state.weights(setting.arguments.gpt, setting.arguments.training)
     folder.save(names, weights, state.rest() | setting.remembered)
-
-
-def add_sample(entry: dict, model: GPT, seed: int) -> None:
-    """Adds the first 60 tokens of a story, told from nothing."""
-    ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
-    entry["sample"] = " ".join(story.split())
-
-
-def say_how_it_ended(setting: Setting, state: TrainState, status: int, speed: str) -> None:
-    directory = setting.arguments.checkpoint_dir
-    if status:
-        again = {"data_dir": setting.arguments.data_dir, "checkpoint_dir": directory}
-        command = cli.command_line("train.py", resume=True, **again)
-        print(f"stopped after step {state.step:,} ({speed}); continue with: {command}")
-    else:
-        print(
-            f"done: best val_loss {state.best_val_loss:.4f} in {directory / BEST}, the last step "
-            f"in {directory / FINAL}, the curves in {directory / PLOT}; {speed}"
-        )
 
 
 if __name__ == "__main__":

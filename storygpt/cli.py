@@ -114,16 +114,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def less_memory(config: TrainingConfig) -> str:
-    """What to do where memory does not suffice: the same run in smaller pieces."""
+def with_advice(error: Exception, config: TrainingConfig) -> Exception:
+    """The error; or if memory did not suffice, how the same run needs less, as an InputError."""
+    if not is_out_of_memory(error):
+        return error
     size, steps = config.batch_size, config.gradient_accumulation_steps
     factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
     if factor == 1:
-        return "there is not enough memory: pass a smaller --context_length, --n_layer or --n_embd"
-    return (
-        f"there is not enough memory; the same run in less: --batch_size {size // factor} "
-        f"--gradient_accumulation_steps {steps * factor}"
-    )
+        less = "pass a smaller --context_length, --n_layer or --n_embd"
+    else:
+        less = (
+            f"the same run in less: --batch_size {size // factor} "
+            f"--gradient_accumulation_steps {steps * factor}"
+        )
+    return InputError(f"there is not enough memory; {less}")
 
 
 def run(main: Callable[[], None]) -> None:

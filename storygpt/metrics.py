@@ -10,10 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import InputError
-from storygpt.checkpoint import write_atomically
-from storygpt.cli import progress_bar
+from model import GPT
+from storygpt.checkpoint import BEST, FINAL, write_atomically
+from storygpt.cli import command_line, progress_bar
+from storygpt.device import peak_flops, peak_memory
+from storygpt.telling import tell
 
 METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
 
@@ -144,9 +148,8 @@ def start_tracker(name: str, config: dict, run_id: str, directory: Path) -> Call
 class Log:
     """Shows a run while it trains: bar, plot, samples, tracker.
 
-    What only decorates must never end a run: a failure costs a warning. `mfu_per_speed` times
-    tokens/s is the share of the device's peak FLOP/s, where that is known; `memory` tells the most
-    bytes used so far, where they are.
+    What only decorates must never end a run: a failure costs a warning. `flops` are those of a
+    token on this device, one of several perhaps.
     """
 
     def __init__(
@@ -154,13 +157,15 @@ class Log:
         metrics: list[dict],
         step: int,
         max_steps: int,
-        plot: Path,
+        directory: Path,
         track: Callable[[dict], None],
-        mfu_per_speed: float | None,
-        memory: Callable[[], int | None],
+        flops: float,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
-        self.metrics, self.plot, self.track = metrics, plot, track
-        self.mfu_per_speed, self.memory = mfu_per_speed, memory
+        self.metrics, self.plot, self.track = metrics, directory / PLOT, track
+        self.device, self.flops = device, flops
+        self.peak = peak_flops(device) if dtype != torch.float32 else None
         self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
         self.bar = progress_bar(total=max_steps, initial=step, unit="step")
 
@@ -187,8 +192,8 @@ class Log:
     def _show(self, entry: dict) -> None:
         speed, step = entry["tokens_per_second"], entry["step"]
         shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
-        if self.mfu_per_speed:
-            shown["MFU"] = f"{self.mfu_per_speed * speed:.1%}"
+        if self.peak:
+            shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if step == self.first_step + 20:  # the speed has settled
@@ -200,15 +205,29 @@ class Log:
             losses = f"train loss {entry['train_loss']:.4f}, val_loss {entry['val_loss']:.4f}"
             self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}")
 
-    def speed(self) -> str:
-        """That of the whole time since the start."""
+    def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
+        """Adds the first 60 tokens of a story, told from nothing."""
+        ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
+        entry["sample"] = " ".join(story.split())
+
+    def ending(self, status: int, best_val_loss: float, directories: dict[str, Path]) -> str:
+        """What to say at the end of the run, or where it stops with that exit status."""
         made = [entry for entry in self.metrics if entry["step"] > self.first_step]
         tokens = made[-1]["tokens"] * len(made) / made[-1]["step"] if made else 0
         rate = tokens / (time.monotonic() - self.start)
-        return f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
+        speed = f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
+        if status:
+            command = command_line("train.py", resume=True, **directories)
+            step = self.metrics[-1]["step"] if self.metrics else 0
+            return f"stopped after step {step:,} ({speed}); continue with: {command}"
+        directory = directories["checkpoint_dir"]
+        return (
+            f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
+            f"{directory / FINAL}, the curves in {self.plot}; {speed}"
+        )
 
     def _in_memory(self) -> str:
-        most = self.memory()
+        most = peak_memory(self.device)
         return f", {most / 1e9:.1f} GB of memory at the peak" if most else ""
 
 

@@ -184,3 +184,8 @@ def validation_starts(tokens: np.ndarray, context_length: int, most: int) -> np.
     """Where at most `most` windows start, evenly spread over the split and not overlapping."""
     available = (len(tokens) - 1) // context_length
     return np.arange(min(most, available)) * available // min(most, available) * context_length
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed below 2**64 of several numbers, such as a seed, a step and a micro-batch."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
