@@ -28,6 +28,7 @@ from model import GPT
 from storygpt.checkpoint import BEST, FINAL, LATEST
 from storygpt.device import (
     autocast,
+    check_fits,
     compile_model,
     dtype_name,
     pick_device,
@@ -153,6 +154,7 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
+    check_fits(gpt, config.batch_size, device)
     model = GPT(gpt).to(device)
     model.loss_function = chunked_cross_entropy
     state = TrainState(model, Optimizer(model, config, device, dtype))
@@ -200,7 +202,8 @@ def train(setting: Setting, state: TrainState) -> int:
             last = state.step == config.max_steps
             status = 0 if last else status
             if last or state.step % config.eval_interval == 0:
-                state.val_loss = entry["val_loss"] = validate(setting, compiled)
+                loss = validate(setting, compiled, config.eval_iters, processes)
+                state.val_loss = entry["val_loss"] = loss
                 check(setting, state, entry)
             if not processes.is_main:
                 continue
@@ -216,6 +219,9 @@ def train(setting: Setting, state: TrainState) -> int:
             if config.keep_interval and state.step % config.keep_interval == 0:
                 names.append(step_name(state.step))
             if names or status or start - saved >= 60 * config.save_minutes:
+                if "val_loss" not in entry:  # a step's own loss is that of the weights before it
+                    glance = {"val_loss": validate(setting, state.model, 1)}
+                    check(setting, state, entry | glance)
                 save(setting, state, folder, [*names, LATEST])
                 saved = start
 
@@ -281,20 +287,20 @@ def check(setting: Setting, state: TrainState, entry: dict) -> None:
     learning = norm is None or (math.isfinite(norm) and norm > 0)
     if math.isfinite(loss) and learning and not state.optimizer.collapsed:
         return
-    config = setting.arguments.training
+    config, latest = setting.arguments.training, setting.arguments.checkpoint_dir / LATEST
+    saved = f"the last good checkpoint is {latest}" if state.saved_step else "no step was saved"
     raise InputError(
-        f"step {state.step} has a loss of {loss} and a gradient norm of {norm}; the last good "
-        f"checkpoint is {setting.arguments.checkpoint_dir / LATEST}. Likely causes: too high a "
-        f"--learning_rate ({config.learning_rate}), too few --warmup_steps "
+        f"step {state.step} has a loss of {loss} and a gradient norm of {norm}; {saved}. Likely "
+        f"causes: too high a --learning_rate ({config.learning_rate}), too few --warmup_steps "
         f"({config.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
     )
 
 
-def validate(setting: Setting, model: nn.Module) -> float:
-    """The validation loss, estimated as eval_iters says, in nats a token."""
-    length, config = setting.arguments.gpt.context_length, setting.arguments.training
-    how = (length, config.batch_size, config.eval_iters, setting.device, setting.dtype)
-    return estimate_loss(model, setting.val_tokens, *how, setting.processes)
+def validate(setting: Setting, model: nn.Module, num_batches: int, *processes) -> float:
+    """The mean loss over so many batches of validation windows, in nats a token."""
+    length, size = setting.arguments.gpt.context_length, setting.arguments.training.batch_size
+    where = (setting.device, setting.dtype, *processes)
+    return estimate_loss(model, setting.val_tokens, length, size, num_batches, *where)
 
 
 # --- What rank 0 keeps and says ---
@@ -325,6 +331,7 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
 
 def save(setting: Setting, state: TrainState, folder: RunFolder, names: list[str]) -> None:
     """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
+    state.saved_step = state.step
     weights = state.weights(setting.arguments.gpt, setting.arguments.training)
     folder.save(names, weights, state.rest() | setting.remembered)
 

@@ -1,5 +1,6 @@
 """What the machine offers: its device, the precision to use on it, its peak speed, its memory."""
 
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import InputError
+from config import GPTConfig, InputError
 
 # Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets, by the whole
 # name that the driver gives.
@@ -77,6 +78,32 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's peak FLOP/s in half precision, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)
+
+
+def check_fits(gpt: GPTConfig, batch_size: int, device: torch.device) -> None:
+    """Raises InputError where the device surely cannot hold a training step.
+
+    That takes 16 bytes a parameter (weight, gradient, AdamW's two averages), and at least 20 ·
+    n_layer · n_embd bytes a token for the backward pass.
+    """
+    weights = gpt.n_embd * (12 * gpt.n_layer * gpt.n_embd + gpt.vocab_size + gpt.context_length)
+    tokens = batch_size * gpt.context_length
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    for what, size, flags in (
+        (f"a model of {weights:,} parameters", 16 * weights, "--n_layer or --n_embd"),
+        (f"a micro-batch of {tokens:,} tokens", 20 * gpt.n_layer * gpt.n_embd * tokens,
+         "--batch_size"),
+    ):  # fmt: skip
+        if size > memory:
+            raise InputError(
+                f"{what} takes at least {size / 1e9:,.0f} GB to train, and {device} has "
+                f"{memory / 1e9:,.0f}: pass a smaller {flags}"
+            )
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -25,10 +25,10 @@ class Processes:
             lacking = [name for name in names if not os.environ.get(name)]
             wrong = [n for n in (*names[:3], "MASTER_PORT") if not os.environ.get(n, "0").isdigit()]
             if lacking or wrong:
-                is_or_are = "not set" if lacking else "no number"
+                what = "without" if lacking else "and no numbers in"
                 raise InputError(
-                    f"RANK is set, as a launcher does, but {', '.join(lacking or wrong)} is "
-                    f"{is_or_are}: start with torchrun, or `unset RANK`"
+                    f"RANK is set, as a launcher does, {what} {', '.join(lacking or wrong)}: start "
+                    "with torchrun, or `unset RANK`"
                 )
             self.rank, self.local_rank, self.world_size = (int(os.environ[n]) for n in names[:3])
             if self.rank >= self.world_size:

@@ -22,24 +22,26 @@ def estimate_loss(
     num_batches: int,
     device: torch.device,
     dtype: torch.dtype,
-    processes: Processes,
+    processes: Processes | None = None,
 ) -> float:
     """Mean loss in nats a token over at most `num_batches` batches of windows of `tokens`.
 
-    The same windows every time; of several processes each takes its share of them.
+    The same windows every time; of several `processes` each takes its share of them.
     """
+    rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     starts = validation_starts(tokens, context_length, num_batches * batch_size)
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
     was_training = model.training
     model.eval()
-    for first in range(processes.rank * batch_size, len(starts), processes.world_size * batch_size):
+    for first in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = windows(tokens, starts[first : first + batch_size], context_length)
         with autocast(device, dtype):
             _, loss = model(to_device(x, device), to_device(y, device))
         total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
     model.train(was_training)
-    loss, count = processes.sum(total.to(device)).tolist()
-    return loss / count
+    if processes:
+        total = processes.sum(total.to(device))
+    return (total[0] / total[1]).item()
 
 
 def all_windows(

@@ -212,10 +212,11 @@ class Log:
 
     def ending(self, status: int, best_val_loss: float, directories: dict[str, Path]) -> str:
         """What to say at the end of the run, or where it stops with that exit status."""
-        made = [entry for entry in self.metrics if entry["step"] > self.first_step]
-        tokens = made[-1]["tokens"] * len(made) / made[-1]["step"] if made else 0
-        rate = tokens / (time.monotonic() - self.start)
-        speed = f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
+        made, speed = [e for e in self.metrics if e["step"] > self.first_step], "no step was left"
+        if made:
+            tokens = made[-1]["tokens"] * len(made) / made[-1]["step"]
+            rate = tokens / (time.monotonic() - self.start)
+            speed = f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
         if status:
             command = command_line("train.py", resume=True, **directories)
             step = self.metrics[-1]["step"] if self.metrics else 0

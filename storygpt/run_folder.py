@@ -46,6 +46,7 @@ class TrainState:
     val_loss: float = math.inf
     best_val_loss: float = math.inf
     skipped_steps: int = 0
+    saved_step: int = 0
 
     def weights(self, gpt: GPTConfig, training: TrainingConfig) -> dict:
         """What every checkpoint holds."""
@@ -84,28 +85,19 @@ class RunFolder:
         self.writer, self.writing = ThreadPoolExecutor(1), Future()
         self.writing.set_result(None)
 
-    def steps_made(self) -> bool:
-        """Whether metrics.jsonl tells of a step."""
-        path = self.directory / METRICS
-        return path.exists() and any(
-            line.strip() and b'"step": 0,' not in line for line in path.read_bytes().splitlines()
-        )
-
     def unfinished(self) -> dict | None:
-        """The checkpoint to go on from; None where no step was ever made.
+        """The checkpoint to go on from; None where no step was ever saved.
 
         Raises InputError where a run's checkpoint is gone or damaged.
         """
         latest = self.directory / LATEST
-        if not latest.exists():
-            if held := self.held():
-                raise InputError(
-                    f"{self.directory} has {held} but not {LATEST}, from which alone a run can be "
-                    "resumed: put it back, or pass another --checkpoint_dir"
-                )
-            return None
-        checkpoint = load_checkpoint(latest)
-        return checkpoint if checkpoint["step"] or self.steps_made() else None
+        if not latest.exists() and (held := self.held()):
+            raise InputError(
+                f"{self.directory} has {held} but not {LATEST}, from which alone a run can be "
+                "resumed: put it back, or pass another --checkpoint_dir"
+            )
+        checkpoint = load_checkpoint(latest) if latest.exists() else None
+        return checkpoint if checkpoint and checkpoint["step"] else None
 
     def check_same_run(self, resumed: dict, gpt: GPTConfig, training: TrainingConfig) -> None:
         """Raises InputError with every setting in which the two would change a resumed run."""
@@ -131,15 +123,19 @@ class RunFolder:
             )
 
     def held(self) -> str | None:
-        """The name of a file that a run has left here, or None."""
-        names = [BEST, FINAL, PLOT, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
-        if self.steps_made():
-            return METRICS
-        if found := next((name for name in names if (self.directory / name).exists()), None):
-            return found
-        # A first checkpoint of a run that never made a step holds nothing.
+        """The name of a file that a run has left here, or None.
+
+        The first checkpoint of a run that never came to save a step holds nothing, and its metrics
+        tell of nothing that is there.
+        """
         latest = self.directory / LATEST
-        return LATEST if latest.exists() and load_checkpoint(latest)["step"] else None
+        names = [BEST, FINAL, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
+        if not latest.exists():
+            names += [METRICS, PLOT]
+        elif load_checkpoint(latest)["step"]:
+            return LATEST
+        paths = [self.directory / name for name in names]
+        return next((path.name for path in paths if path.exists() and path.stat().st_size), None)
 
     def open(self, step: int) -> list[dict]:
         """Locks the folder, made if need be, and returns the metrics up to `step`.
