@@ -3,7 +3,6 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
-import json
 import math
 import re
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
+from typing import Literal
 
 from config import InputError
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
@@ -45,6 +45,8 @@ class Arguments:
     license: str | None = None
     """Licence of the weights, for the model card, as the Hub spells it (mit, cc-by-4.0); without
     it the card names none."""
+    gguf: Literal["f16", "f32", "none"] = "f16"
+    """Precision of StoryGPT.gguf, the model for Ollama and llama.cpp; none leaves it out."""
     dry_run: bool = False
     """Build the folder in output_dir and stop: no token, no network."""
     output_dir: Path | None = None
@@ -95,10 +97,19 @@ def tell_story(model, seed: int) -> str:
 def hub_dataset(meta: dict) -> str | None:
     """The data set's name where it is one on the Hub; a path of this machine stays private."""
     from storygpt.hub import is_hub_id
+    from storygpt.sources import FILE_TYPES
 
     name = meta.get("dataset", "")
-    is_file = Path(name).exists() or Path(name).suffix in (".txt", ".json", ".jsonl", ".csv")
+    is_file = Path(name).exists() or Path(name).suffix in (".txt", *FILE_TYPES)
     return name if is_hub_id(name) and not is_file else None
+
+
+def hub_base(checkpoint: dict) -> str | None:
+    """The Hub id of the weights its training started from, if there is one."""
+    from storygpt.hub import is_hub_id
+
+    name = (checkpoint.get("init_from") or {}).get("checkpoint", "")
+    return name if is_hub_id(name) else None
 
 
 def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int]]:
@@ -142,17 +153,19 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     """The repo's README.md as a huggingface_hub ModelCard; `meta` may be empty."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from storygpt.sources import BUILTIN
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
     dataset, name = hub_dataset(meta), arguments.repo_id.split("/")[1]
-    builtin = meta.get("dataset") in ("builtin", "sample")
+    builtin, base = meta.get("dataset") in BUILTIN, hub_base(checkpoint)
     metrics = evaluation(checkpoint, meta)
     of_dataset = {"dataset_type": dataset or "stories", "dataset_name": dataset or "stories"}
     of_dataset |= {"task_type": "text-generation", "dataset_split": "validation"}
     data = ModelCardData(
         language=arguments.language,
         license=arguments.license,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "storygpt"],
@@ -173,6 +186,10 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         prompt=PROMPT,
         seed=arguments.seed,
         parameters=f"{model.num_parameters():,}",
+        base=base,
+        own_base=checkpoint.get("init_from") and not base,
+        scratch=not checkpoint.get("init_from"),
+        gguf=arguments.gguf != "none",
         dataset=dataset,
         builtin=builtin,
         unnamed=not dataset and not builtin,
@@ -191,78 +208,25 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dict):
-    """Fills the empty `folder` with all files of the model repo. Returns its ModelCard."""
+def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dict) -> None:
+    """Fills the empty `folder` with all files of the model repo."""
     from storygpt.checkpoint import KEYS, build_model, save_checkpoint
-    from storygpt.formats import write_folder
+    from storygpt.formats import write_folder, write_gguf
 
     model = build_model(checkpoint, arguments.checkpoint)
     for name in ("model.py", "config.py"):
         shutil.copyfile(ROOT / name, folder / name)
     (folder / PUBLISHED).parent.mkdir()
-    save_checkpoint(folder / PUBLISHED, {key: checkpoint[key] for key in KEYS})
+    keys = [*KEYS, *(["init_from"] if hub_base(checkpoint) else [])]  # else it is a path of ours
+    save_checkpoint(folder / PUBLISHED, {key: checkpoint[key] for key in keys})
     write_folder(folder, checkpoint, SAMPLING["temperature"], SAMPLING["top_k"])
+    if arguments.gguf != "none":
+        name = arguments.repo_id.split("/")[1]
+        write_gguf(folder / "StoryGPT.gguf", checkpoint, name, arguments.gguf)
     plot = arguments.checkpoint.parent / "loss_plot.png"
     if plot.is_file():
         shutil.copyfile(plot, folder / plot.name)
-    card = model_card(arguments, checkpoint, meta, model, plot.is_file())
-    card.save(folder / "README.md")
-    return card
-
-
-# --- The Hub ---
-
-
-def find_token(token: str | None) -> str:
-    """The token given, else that of the environment or the saved login.
-
-    Raises InputError where there is none, or none that HTTP could carry.
-    """
-    from huggingface_hub import get_token
-
-    token = (token or get_token() or "").strip()
-    if not token:
-        raise InputError(
-            "there is no Hub token: log in with `hf auth login`, set HF_TOKEN, or pass --token "
-            "(other users of this machine can see the last)"
-        )
-    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would put it into its complaint
-        raise InputError("the Hub token has characters that no token has: copy it again")
-    return token
-
-
-def publish(folder: Path, card, repo_id: str, token: str, private: bool) -> tuple[str, bool]:
-    """Sends `folder` as one commit; the repo's address, and whether anything was new to it.
-
-    Raises InputError, and whatever the Hub's client does.
-    """
-    from huggingface_hub import HfApi
-
-    from storygpt.hub import retry
-
-    api = HfApi(token=token)
-
-    def open_repo():
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        return api.model_info(repo_id)
-
-    def upload():
-        message = "Upload StoryGPT: weights, code, tokenizer and model card"
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-
-    try:
-        retry(card.validate)
-    except ValueError as error:  # with the server's JSON
-        messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
-        reasons = "; ".join(map(json.loads, messages)) or str(error)
-        raise InputError(f"the Hub refuses the model card: {reasons}") from error
-    before = retry(open_repo)
-    if private and not before.private:
-        raise InputError(
-            f"{repo_id} exists and is public: make it private in its settings on the Hub, leave "
-            "out --private, or pass another --repo_id"
-        )
-    return f"{api.endpoint}/{repo_id}", retry(upload).oid != before.sha
+    model_card(arguments, checkpoint, meta, model, plot.is_file()).save(folder / "README.md")
 
 
 # --- The command ---
@@ -289,7 +253,7 @@ def main() -> None:
     output_dir = arguments.output_dir and arguments.output_dir.resolve()
 
     from storygpt.checkpoint import load_checkpoint
-    from storygpt.hub import explain
+    from storygpt.hub import find_token, publish
     from storygpt.token_files import load_meta
 
     checkpoint, data_dir = load_checkpoint(arguments.checkpoint), arguments.data_dir
@@ -311,19 +275,14 @@ def main() -> None:
         folder = Path(scratch) / "repo"
         folder.mkdir()
         print("building the model repo, and telling three stories for its card")
-        card = build_folder(folder, arguments, checkpoint, meta)
+        build_folder(folder, arguments, checkpoint, meta)
         if output_dir:
             folder = folder.replace(output_dir)
         if arguments.dry_run:
             print(f"built in {output_dir}; publish it without --dry_run")
             return
-        try:
-            url, changed = publish(folder, card, arguments.repo_id, token, arguments.private)
-        except InputError:
-            raise
-        except Exception as error:  # the Hub's client's, and those of the layers below it
-            why = explain(error).replace(token, "…")
-            raise InputError(f"{arguments.repo_id} was not published {why}") from None
+        message = "Upload StoryGPT: weights, code, tokenizer and model card"
+        url, changed = publish(folder, arguments.repo_id, token, arguments.private, message)
         print(f"{'published:' if changed else 'nothing changed:'} {url}")
 
 
