@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from config import InputError
+from config import InputError, check_whole
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
@@ -21,8 +21,6 @@ from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 ROOT = Path(__file__).resolve().parent
 CARD = ROOT / "docs" / "model_card.md"  # a text for readers, so it lies with those
 PUBLISHED = "checkpoints/StoryGPT_best.pt"  # what programs that load it with PyTorch alone expect
-PROMPT = "Once upon a time"
-SAMPLING = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 100}
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ def check(arguments: Arguments) -> None:
     """Raises InputError for flags that the Hub would refuse, or that do not go together."""
     from storygpt.hub import is_hub_id
 
+    check_whole("seed", arguments.seed, 0, 2**63 - 3)
     if not is_hub_id(arguments.repo_id):
         raise InputError(
             f"{arguments.repo_id!r} is no name of a repo on the Hub: pass --repo_id owner/name, of "
@@ -79,19 +78,6 @@ def check(arguments: Arguments) -> None:
 
 
 # --- The folder ---
-
-
-def tell_story(model, seed: int) -> str:
-    """What `generate.py --seed SEED` tells on a CPU."""
-    import torch
-
-    from storygpt.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(model.config.vocab_size)
-    torch.manual_seed(seed)
-    idx = torch.tensor([tokenizer.encode_ordinary(PROMPT)])
-    ids = model.generate(idx, end_of_text=tokenizer.eot_token, **SAMPLING)[0].tolist()
-    return tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
 
 
 def hub_dataset(meta: dict) -> str | None:
@@ -153,7 +139,9 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     """The repo's README.md as a huggingface_hub ModelCard; `meta` may be empty."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from storygpt.kernels import pack_linears
     from storygpt.sources import BUILTIN
+    from storygpt.telling import PROMPT, tell
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
@@ -176,7 +164,9 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
             for kind, (title, value) in metrics.items()
         ],
     )
-    seeds = range(arguments.seed, arguments.seed + 3)
+    size, seeds = model.num_parameters(), range(arguments.seed, arguments.seed + 3)
+    pack_linears(model)  # as generate.py does
+    told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
     is_whole = config.vocab_size == GPT2_VOCAB_SIZE  # tiktoken has no other
     body = fill(
@@ -185,7 +175,7 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         repo_id=arguments.repo_id,
         prompt=PROMPT,
         seed=arguments.seed,
-        parameters=f"{model.num_parameters():,}",
+        parameters=f"{size:,}",
         base=base,
         own_base=checkpoint.get("init_from") and not base,
         scratch=not checkpoint.get("init_from"),
@@ -195,7 +185,7 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         unnamed=not dataset and not builtin,
         whole_vocabulary=is_whole,
         cut_vocabulary=not is_whole,
-        stories="\n\n".join(f"Seed {seed}:\n\n{quote(tell_story(model, seed))}" for seed in seeds),
+        stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
         windows=f"{recipe.eval_iters * recipe.batch_size:,}",
         context_length=config.context_length,
@@ -219,7 +209,7 @@ def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dic
     (folder / PUBLISHED).parent.mkdir()
     keys = [*KEYS, *(["init_from"] if hub_base(checkpoint) else [])]  # else it is a path of ours
     save_checkpoint(folder / PUBLISHED, {key: checkpoint[key] for key in keys})
-    write_folder(folder, checkpoint, SAMPLING["temperature"], SAMPLING["top_k"])
+    write_folder(folder, checkpoint)
     if arguments.gguf != "none":
         name = arguments.repo_id.split("/")[1]
         write_gguf(folder / "StoryGPT.gguf", checkpoint, name, arguments.gguf)

@@ -34,17 +34,12 @@ KEYS = {
 }
 
 # Of a model on the Hub: what read_folder reads, and what transformers needs beside it offline.
-FILES = (
-    *(
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors",
-        "model.safetensors.index.json",
-    ),
+FILES = [
+    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-OLDER_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+]
+OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

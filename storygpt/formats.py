@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, InputError
+from storygpt.telling import TEMPERATURE, TOP_K
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
@@ -291,7 +292,7 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
     }
 
 
-def config_files(checkpoint: dict, temperature: float, top_k: int) -> dict[str, str]:
+def config_files(checkpoint: dict) -> dict[str, str]:
     """The text of config.json and generation_config.json of transformers' GPT-2."""
     config = checkpoint["gpt_config"]
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
@@ -314,7 +315,7 @@ def config_files(checkpoint: dict, temperature: float, top_k: int) -> dict[str, 
         # what a GPT-2 config has no field for, and reading it back needs
         "storygpt": {"bias": config.bias} | {key: checkpoint[key] for key in ("step", "val_loss")},
     }
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     generation = ids | sampling | {"max_length": config.context_length}
     return {"config.json": to_json(shape), "generation_config.json": to_json(generation)}
 
@@ -323,18 +324,15 @@ def to_json(content: dict) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_folder(folder: Path, checkpoint: dict, temperature: float, top_k: int) -> None:
-    """Writes a model for transformers into `folder`: weights, configuration and tokenizer.
-
-    The last two are how it tells stories where nobody says otherwise.
-    """
+def write_folder(folder: Path, checkpoint: dict) -> None:
+    """Writes a model for transformers into `folder`: weights, configuration and tokenizer."""
     from safetensors.torch import save_file
 
     config = checkpoint["gpt_config"]
     tensors = to_transformers(checkpoint["model_state_dict"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     files = tokenizer_files(config.vocab_size, config.context_length)
-    for name, text in (files | config_files(checkpoint, temperature, top_k)).items():
+    for name, text in (files | config_files(checkpoint)).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -391,7 +391,7 @@ PYTHONS = [sys.executable, *os.environ.get("TRANSFORMERS_PYTHONS", "").split()]
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_batch_tells_what_each_prompt_alone_tells(storyteller, python, tmp_path):
     model, checkpoint = storyteller
-    write_folder(tmp_path, checkpoint, temperature=0.8, top_k=100)
+    write_folder(tmp_path, checkpoint)
     beginnings = prompts(model.config.vocab_size)
     result = subprocess.run(
         [python, "-c", PROGRAM, tmp_path],

@@ -22,6 +22,7 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
+from storygpt.telling import PROMPT, tell
 from storygpt.tokenizer import gpt2_file, load_tokenizer
 from upload_to_hf import hub_dataset, quote
 
@@ -215,8 +216,6 @@ def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
 def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_path):
     from huggingface_hub import ModelCard, constants
 
-    from upload_to_hf import tell_story
-
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     for run, folder in folders:
         card = ModelCard.load(folder / "README.md")
@@ -240,7 +239,8 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
             hub_page = link == "https://huggingface.co/datasets/roneneldan/TinyStories"
             assert hub_page or (folder / link).is_file(), link
         for seed in (1337, 1338, 1339):
-            assert f"Seed {seed}:\n\n{quote(tell_story(run.model, seed))}" in card.text
+            [(story, _)] = tell(run.model, PROMPT, [seed])
+            assert f"Seed {seed}:\n\n{quote(story)}" in card.text
         assert "| learning_rate | 0.0003 |" in card.text
         for name in (str(tmp_path.parent), str(run.checkpoint.parent)):
             assert name.encode() not in b"".join(files_of(folder).values())
@@ -606,7 +606,7 @@ def test_foreign_and_damaged_folders_are_refused_in_one_sentence(folders, tmp_pa
         (b"{", weights, "config.json is damaged or not"),
         (json.dumps(config | {"n_head": 0}), weights, "config.json is not valid: n_head must"),
         (json.dumps(config | {"n_embd": 64}), weights, "do not fit its configuration"),
-        (json.dumps(config | {"n_layer": 10**9}), weights, "do not fit its configuration"),
+        (json.dumps(config | {"n_layer": 10**9}), weights, "config.json is not valid: n_layer"),
         (good["config.json"], weights[: len(weights) // 2], r"model.safetensors is damaged"),
         (good["config.json"], b"\xff" * 100, r"model.safetensors is damaged"),
         (good["config.json"], b"", r"model.safetensors is damaged"),
