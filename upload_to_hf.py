@@ -3,7 +3,6 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
-import json
 import math
 import re
 import shutil
@@ -12,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
+from typing import Literal
 
-from config import InputError
+from config import InputError, check_whole
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
@@ -21,8 +21,6 @@ from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 ROOT = Path(__file__).resolve().parent
 CARD = ROOT / "docs" / "model_card.md"  # a text for readers, so it lies with those
 PUBLISHED = "checkpoints/StoryGPT_best.pt"  # what programs that load it with PyTorch alone expect
-PROMPT = "Once upon a time"
-SAMPLING = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 100}
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Arguments:
     license: str | None = None
     """Licence of the weights, for the model card, as the Hub spells it (mit, cc-by-4.0); without
     it the card names none."""
+    gguf: Literal["f16", "f32", "none"] = "f16"
+    """Precision of StoryGPT.gguf, the model for Ollama and llama.cpp; none leaves it out."""
     dry_run: bool = False
     """Build the folder in output_dir and stop: no token, no network."""
     output_dir: Path | None = None
@@ -57,6 +57,7 @@ def check(arguments: Arguments) -> None:
     """Raises InputError for flags that the Hub would refuse, or that do not go together."""
     from storygpt.hub import is_hub_id
 
+    check_whole("seed", arguments.seed, 0, 2**63 - 3)
     if not is_hub_id(arguments.repo_id):
         raise InputError(
             f"{arguments.repo_id!r} is no name of a repo on the Hub: pass --repo_id owner/name, of "
@@ -79,26 +80,22 @@ def check(arguments: Arguments) -> None:
 # --- The folder ---
 
 
-def tell_story(model, seed: int) -> str:
-    """What `generate.py --seed SEED` tells on a CPU."""
-    import torch
-
-    from storygpt.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(model.config.vocab_size)
-    torch.manual_seed(seed)
-    idx = torch.tensor([tokenizer.encode_ordinary(PROMPT)])
-    ids = model.generate(idx, end_of_text=tokenizer.eot_token, **SAMPLING)[0].tolist()
-    return tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
-
-
 def hub_dataset(meta: dict) -> str | None:
     """The data set's name where it is one on the Hub; a path of this machine stays private."""
     from storygpt.hub import is_hub_id
+    from storygpt.sources import FILE_TYPES
 
     name = meta.get("dataset", "")
-    is_file = Path(name).exists() or Path(name).suffix in (".txt", ".json", ".jsonl", ".csv")
+    is_file = Path(name).exists() or Path(name).suffix in (".txt", *FILE_TYPES)
     return name if is_hub_id(name) and not is_file else None
+
+
+def hub_base(checkpoint: dict) -> str | None:
+    """The Hub id of the weights its training started from, if there is one."""
+    from storygpt.hub import is_hub_id
+
+    name = (checkpoint.get("init_from") or {}).get("checkpoint", "")
+    return name if is_hub_id(name) else None
 
 
 def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int]]:
@@ -142,17 +139,21 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     """The repo's README.md as a huggingface_hub ModelCard; `meta` may be empty."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from storygpt.kernels import pack_linears
+    from storygpt.sources import BUILTIN
+    from storygpt.telling import PROMPT, tell
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
     dataset, name = hub_dataset(meta), arguments.repo_id.split("/")[1]
-    builtin = meta.get("dataset") in ("builtin", "sample")
+    builtin, base = meta.get("dataset") in BUILTIN, hub_base(checkpoint)
     metrics = evaluation(checkpoint, meta)
     of_dataset = {"dataset_type": dataset or "stories", "dataset_name": dataset or "stories"}
     of_dataset |= {"task_type": "text-generation", "dataset_split": "validation"}
     data = ModelCardData(
         language=arguments.language,
         license=arguments.license,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "storygpt"],
@@ -163,7 +164,9 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
             for kind, (title, value) in metrics.items()
         ],
     )
-    seeds = range(arguments.seed, arguments.seed + 3)
+    size, seeds = model.num_parameters(), range(arguments.seed, arguments.seed + 3)
+    pack_linears(model)  # as generate.py does
+    told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
     is_whole = config.vocab_size == GPT2_VOCAB_SIZE  # tiktoken has no other
     body = fill(
@@ -172,13 +175,17 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         repo_id=arguments.repo_id,
         prompt=PROMPT,
         seed=arguments.seed,
-        parameters=f"{model.num_parameters():,}",
+        parameters=f"{size:,}",
+        base=base,
+        own_base=checkpoint.get("init_from") and not base,
+        scratch=not checkpoint.get("init_from"),
+        gguf=arguments.gguf != "none",
         dataset=dataset,
         builtin=builtin,
         unnamed=not dataset and not builtin,
         whole_vocabulary=is_whole,
         cut_vocabulary=not is_whole,
-        stories="\n\n".join(f"Seed {seed}:\n\n{quote(tell_story(model, seed))}" for seed in seeds),
+        stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
         windows=f"{recipe.eval_iters * recipe.batch_size:,}",
         context_length=config.context_length,
@@ -191,78 +198,25 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dict):
-    """Fills the empty `folder` with all files of the model repo. Returns its ModelCard."""
+def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dict) -> None:
+    """Fills the empty `folder` with all files of the model repo."""
     from storygpt.checkpoint import KEYS, build_model, save_checkpoint
-    from storygpt.formats import write_folder
+    from storygpt.formats import write_folder, write_gguf
 
     model = build_model(checkpoint, arguments.checkpoint)
     for name in ("model.py", "config.py"):
         shutil.copyfile(ROOT / name, folder / name)
     (folder / PUBLISHED).parent.mkdir()
-    save_checkpoint(folder / PUBLISHED, {key: checkpoint[key] for key in KEYS})
-    write_folder(folder, checkpoint, SAMPLING["temperature"], SAMPLING["top_k"])
+    keys = [*KEYS, *(["init_from"] if hub_base(checkpoint) else [])]  # else it is a path of ours
+    save_checkpoint(folder / PUBLISHED, {key: checkpoint[key] for key in keys})
+    write_folder(folder, checkpoint)
+    if arguments.gguf != "none":
+        name = arguments.repo_id.split("/")[1]
+        write_gguf(folder / "StoryGPT.gguf", checkpoint, name, arguments.gguf)
     plot = arguments.checkpoint.parent / "loss_plot.png"
     if plot.is_file():
         shutil.copyfile(plot, folder / plot.name)
-    card = model_card(arguments, checkpoint, meta, model, plot.is_file())
-    card.save(folder / "README.md")
-    return card
-
-
-# --- The Hub ---
-
-
-def find_token(token: str | None) -> str:
-    """The token given, else that of the environment or the saved login.
-
-    Raises InputError where there is none, or none that HTTP could carry.
-    """
-    from huggingface_hub import get_token
-
-    token = (token or get_token() or "").strip()
-    if not token:
-        raise InputError(
-            "there is no Hub token: log in with `hf auth login`, set HF_TOKEN, or pass --token "
-            "(other users of this machine can see the last)"
-        )
-    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would put it into its complaint
-        raise InputError("the Hub token has characters that no token has: copy it again")
-    return token
-
-
-def publish(folder: Path, card, repo_id: str, token: str, private: bool) -> tuple[str, bool]:
-    """Sends `folder` as one commit; the repo's address, and whether anything was new to it.
-
-    Raises InputError, and whatever the Hub's client does.
-    """
-    from huggingface_hub import HfApi
-
-    from storygpt.hub import retry
-
-    api = HfApi(token=token)
-
-    def open_repo():
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        return api.model_info(repo_id)
-
-    def upload():
-        message = "Upload StoryGPT: weights, code, tokenizer and model card"
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-
-    try:
-        retry(card.validate)
-    except ValueError as error:  # with the server's JSON
-        messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
-        reasons = "; ".join(map(json.loads, messages)) or str(error)
-        raise InputError(f"the Hub refuses the model card: {reasons}") from error
-    before = retry(open_repo)
-    if private and not before.private:
-        raise InputError(
-            f"{repo_id} exists and is public: make it private in its settings on the Hub, leave "
-            "out --private, or pass another --repo_id"
-        )
-    return f"{api.endpoint}/{repo_id}", retry(upload).oid != before.sha
+    model_card(arguments, checkpoint, meta, model, plot.is_file()).save(folder / "README.md")
 
 
 # --- The command ---
@@ -289,7 +243,7 @@ def main() -> None:
     output_dir = arguments.output_dir and arguments.output_dir.resolve()
 
     from storygpt.checkpoint import load_checkpoint
-    from storygpt.hub import explain
+    from storygpt.hub import find_token, publish
     from storygpt.token_files import load_meta
 
     checkpoint, data_dir = load_checkpoint(arguments.checkpoint), arguments.data_dir
@@ -311,19 +265,14 @@ def main() -> None:
         folder = Path(scratch) / "repo"
         folder.mkdir()
         print("building the model repo, and telling three stories for its card")
-        card = build_folder(folder, arguments, checkpoint, meta)
+        build_folder(folder, arguments, checkpoint, meta)
         if output_dir:
             folder = folder.replace(output_dir)
         if arguments.dry_run:
             print(f"built in {output_dir}; publish it without --dry_run")
             return
-        try:
-            url, changed = publish(folder, card, arguments.repo_id, token, arguments.private)
-        except InputError:
-            raise
-        except Exception as error:  # the Hub's client's, and those of the layers below it
-            why = explain(error).replace(token, "…")
-            raise InputError(f"{arguments.repo_id} was not published {why}") from None
+        message = "Upload StoryGPT: weights, code, tokenizer and model card"
+        url, changed = publish(folder, arguments.repo_id, token, arguments.private, message)
         print(f"{'published:' if changed else 'nothing changed:'} {url}")
 
 

@@ -4,6 +4,7 @@ A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `c
 `model.safetensors` in the layout of transformers' GPT-2 (see formats.py).
 """
 
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -31,6 +32,14 @@ KEYS = {
     "step": int,
     "val_loss": float,
 }
+
+# Of a model on the Hub: what read_folder reads, and what transformers needs beside it offline.
+FILES = [
+    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+]
+OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -86,6 +95,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     Raises InputError where there is no such file, it is damaged, or it is no StoryGPT checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: pass a .pt file with --checkpoint")
     if not path.is_file():
         raise InputError(
             f"there is no checkpoint {path}: train one with `python train.py`, or pass another "
@@ -112,13 +123,26 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
 
 
 def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False) -> None:
-    """Puts `state_dict` into `model`. Raises InputError where names or shapes do not fit it."""
-    try:
-        model.load_state_dict(state_dict, assign=assign)
-    except Exception as error:
-        raise InputError(
-            f"the weights in {path} do not fit its gpt_config: the file was put together wrongly"
-        ) from error
+    """Puts `state_dict` into `model`. Raises InputError where names or shapes do not fit it, or it
+    holds NaN or infinity."""
+    shapes, given = (
+        {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+        for weights in (model.state_dict(), state_dict)
+    )
+    for name in sorted(shapes.keys() | given.keys()):
+        if shapes.get(name) != given.get(name):
+            sizes = [tuple(s[name] or ()) if name in s else "none" for s in (given, shapes)]
+            raise InputError(
+                f"the weights in {path} do not fit its configuration: {name} is {sizes[0]}, where "
+                f"the model has {sizes[1]}"
+            )
+    model.load_state_dict(state_dict, assign=assign)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"{name} in {path} is not finite: the run that wrote it diverged; pass another "
+                "with --checkpoint"
+            )
 
 
 def download(repo_id: str) -> Path:
@@ -129,11 +153,14 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["config.json", "model.safetensors"]))
+        folder = Path(snapshot_download(repo_id, allow_patterns=FILES))
+        if not list(folder.glob("model*.safetensors")):  # most repos hold all weights twice
+            snapshot_download(repo_id, allow_patterns=OLDER_FILES)
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         raise InputError(
             f"there is no checkpoint {repo_id} here, and it cannot be downloaded {explain(error)}"
         ) from error
+    return folder
 
 
 class SkipInit(TorchFunctionMode):
@@ -150,7 +177,7 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
     """
     config, state_dict = checkpoint["gpt_config"], checkpoint["model_state_dict"]
     if len(state_dict) < config.n_layer:  # before building whatever size a stranger asks for
-        raise InputError(f"the weights in {path} do not fit its gpt_config")
+        raise InputError(f"the weights in {path} do not fit its configuration")
     # no memory and no random numbers for weights soon replaced
     with SkipInit(), torch.device("meta"):
         model = GPT(config)
@@ -172,3 +199,19 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dic
     else:
         checkpoint = load_checkpoint(path)
     return build_model(checkpoint, path, device), checkpoint
+
+
+def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
+    """What a new run can start from: the shape, the `model_state_dict` and the origin of a model.
+
+    The origin is {"checkpoint": the Hub id or the local path made absolute, "sha256": of all
+    weights, by sorted name}: what metrics, card and later checkpoints remember as "init_from". The
+    same weights have the same sum in a .pt file, a folder and on the Hub. Raises InputError as
+    `load_model` does.
+    """
+    model, _ = load_model(path)
+    digest, path = hashlib.sha256(), Path(path)
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
+    name = str(path.resolve()) if path.exists() else path.as_posix()
+    return model.config, model.state_dict(), {"checkpoint": name, "sha256": digest.hexdigest()}

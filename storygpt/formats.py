@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from config import GPTConfig, InputError
+from storygpt.telling import TEMPERATURE, TOP_K
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
@@ -272,6 +274,8 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": context_length,
+        # in a batch, what follows the prompt must follow its last token
+        "padding_side": "left",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **tokens,
@@ -282,10 +286,13 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
     return {
         "tokenizer.json": to_json(tokenizer),
         "tokenizer_config.json": to_json(settings),
+        # what transformers 4 reads where it is asked for its tokenizer in Python
+        "vocab.json": to_json(vocab),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
     }
 
 
-def config_files(checkpoint: dict, temperature: float, top_k: int) -> dict[str, str]:
+def config_files(checkpoint: dict) -> dict[str, str]:
     """The text of config.json and generation_config.json of transformers' GPT-2."""
     config = checkpoint["gpt_config"]
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
@@ -308,7 +315,7 @@ def config_files(checkpoint: dict, temperature: float, top_k: int) -> dict[str, 
         # what a GPT-2 config has no field for, and reading it back needs
         "storygpt": {"bias": config.bias} | {key: checkpoint[key] for key in ("step", "val_loss")},
     }
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     generation = ids | sampling | {"max_length": config.context_length}
     return {"config.json": to_json(shape), "generation_config.json": to_json(generation)}
 
@@ -317,16 +324,56 @@ def to_json(content: dict) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_folder(folder: Path, checkpoint: dict, temperature: float, top_k: int) -> None:
-    """Writes a model for transformers into `folder`: weights, configuration and tokenizer.
-
-    The last two are how it tells stories where nobody says otherwise.
-    """
+def write_folder(folder: Path, checkpoint: dict) -> None:
+    """Writes a model for transformers into `folder`: weights, configuration and tokenizer."""
     from safetensors.torch import save_file
 
     config = checkpoint["gpt_config"]
     tensors = to_transformers(checkpoint["model_state_dict"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     files = tokenizer_files(config.vocab_size, config.context_length)
-    for name, text in (files | config_files(checkpoint, temperature, top_k)).items():
+    for name, text in (files | config_files(checkpoint)).items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_gguf(path: Path, checkpoint: dict, name: str, dtype: Literal["f16", "f32"]) -> None:
+    """Writes the model and its tokenizer as one file for llama.cpp and what is built on it.
+
+    Matrices are of `dtype`; positions, norms and biases stay float32, as llama.cpp wants them.
+    """
+    import gguf
+
+    config = checkpoint["gpt_config"]
+    vocab, merges = vocabulary(config.vocab_size)
+    end_of_text = config.vocab_size - 1
+    types = [gguf.TokenType.NORMAL] * end_of_text + [gguf.TokenType.CONTROL]
+    file_types = {"f16": gguf.LlamaFileType.MOSTLY_F16, "f32": gguf.LlamaFileType.ALL_F32}
+
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+    writer.add_name(name)
+    writer.add_file_type(file_types[dtype])
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocab, key=vocab.get))
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(end_of_text)
+    writer.add_eos_token_id(end_of_text)
+    writer.add_add_bos_token(False)  # a prompt is told on as it stands, as generate.py does
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for ours, weight in with_biases(checkpoint["model_state_dict"]).items():
+        is_matrix = weight.dim() == 2 and ours != "wpe.weight"
+        theirs = names.get_name(f"transformer.{ours}", try_suffixes=(".weight", ".bias"))
+        data = weight.half() if dtype == "f16" and is_matrix else weight
+        writer.add_tensor(theirs, data.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,8 +1,11 @@
-"""The Hugging Face Hub: what can be a name there, what is worth a second try, and why it failed."""
+"""The Hugging Face Hub: what can be a name there, publishing, and why something failed there."""
 
+import json
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from config import InputError
 
@@ -30,22 +33,49 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
-def check_endpoint() -> None:
-    """Raises InputError where HF_ENDPOINT is no address."""
+def explain(error: Exception) -> str:
+    """In brackets what failed, then what mends it; nothing of a token, at most of an address."""
     from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    if not constants.ENDPOINT.startswith(("https://", "http://")):
-        raise InputError(f"HF_ENDPOINT {constants.ENDPOINT} is no address: begin it with https://")
+    known = HfHubHTTPError | HTTPError | OfflineModeIsEnabled
+    while error.__cause__ and not isinstance(error, known):
+        error = error.__cause__
+    name = type(error).__name__
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        trouble = "the Hub has trouble: run the same command again later"
+        unknown = trouble if status >= 500 else "the Hub refuses the request"
+        return f"(HTTP {status}): {REFUSALS.get(status, unknown)}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "(HF_HUB_OFFLINE is set): unset it and run the same command again"
+    if isinstance(error, HTTPError) and constants.ENDPOINT.startswith("http"):
+        return f"({name}): check the network and run the same command again"
+    return f"({name}): {' '.join(str(error).split())}"
+
+
+def find_token(token: str | None) -> str:
+    """The token given, else that of the environment or the saved login.
+
+    Raises InputError where there is none, or none that HTTP could carry.
+    """
+    from huggingface_hub import get_token
+
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise InputError(
+            "there is no Hub token: log in with `hf auth login`, set HF_TOKEN, or pass --token "
+            "(other users of this machine can see the last)"
+        )
+    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would put it into its complaint
+        raise InputError("the Hub token has characters that no token has: copy it again")
+    return token
 
 
 def retry(call: Callable[[], object]):
-    """What `call` returns, tried once more after a server's fault, a cut connection or a 429.
-
-    Raises InputError for an HF_ENDPOINT that is no address, and whatever `call` does.
-    """
+    """What `call` returns, tried once more after a server's fault, a cut connection or a 429."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    check_endpoint()
     try:
         return call()
     except HTTPError as error:  # the base of all that the Hub's HTTP library raises
@@ -60,21 +90,42 @@ def retry(call: Callable[[], object]):
         return call()
 
 
-def explain(error: Exception) -> str:
-    """ "(kind of failure): what mends it", without anything of the token or of an address."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+def publish(
+    folder: Path, repo_id: str, token: str, private: bool, message: str
+) -> tuple[str, bool]:
+    """Sends `folder`, which has a README.md, as one commit to a model repo, made if need be.
 
-    known = HfHubHTTPError | HTTPError | OfflineModeIsEnabled
-    while error.__cause__ and not isinstance(error, known):
-        error = error.__cause__
-    name = type(error).__name__
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        trouble = "the Hub has trouble: run the same command again later"
-        unknown = trouble if status >= 500 else "the Hub refuses the request"
-        return f"(HTTP {status}): {REFUSALS.get(status, unknown)}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "(HF_HUB_OFFLINE is set): unset it and run the same command again"
-    if isinstance(error, HTTPError):
-        return f"({name}): check the network and run the same command again"
-    return f"({name}): {' '.join(str(error).split())}"
+    Returns the repo's address, and whether anything was new to it. Raises InputError.
+    """
+    from huggingface_hub import HfApi, ModelCard
+
+    api, card = HfApi(token=token), ModelCard.load(folder / "README.md")
+    if not api.endpoint.startswith(("https://", "http://")):
+        raise InputError(f"HF_ENDPOINT {api.endpoint} is no address: begin it with https://")
+
+    def open_repo():
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        return api.model_info(repo_id)
+
+    def upload():
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+
+    try:
+        try:
+            retry(card.validate)
+        except ValueError as error:  # with the server's JSON
+            messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
+            reasons = "; ".join(map(json.loads, messages)) or str(error)
+            raise InputError(f"the Hub refuses the model card: {reasons}") from error
+        before = retry(open_repo)
+        if private and not before.private:
+            raise InputError(
+                f"{repo_id} exists and is public: make it private in its settings on the Hub, "
+                "leave out --private, or pass another --repo_id"
+            )
+        return f"{api.endpoint}/{repo_id}", retry(upload).oid != before.sha
+    except InputError:
+        raise
+    except Exception as error:  # the Hub's client's own, and those of the layers below it
+        why = explain(error).replace(token, "…")
+        raise InputError(f"{repo_id} was not published {why}") from None

@@ -85,10 +85,10 @@ def strangers(folder, proof):
         ("keyless", {"gpt_config": CONFIG}, "it has no training_config"),
         ("stepless", new_checkpoint(step="7"), "it has no step"),
         ("odd", new_checkpoint(gpt_config=no_number), "gpt_config that is not valid: n_layer"),
-        ("huge", new_checkpoint(gpt_config=huge), "do not fit its gpt_config"),
-        ("wide", new_checkpoint(gpt_config=wide), "do not fit its gpt_config"),
+        ("huge", new_checkpoint(gpt_config=huge), "do not fit its configuration"),
+        ("wide", new_checkpoint(gpt_config=wide), "do not fit its configuration"),
         ("short", new_checkpoint(model_state_dict={k: weights[k] for k in list(weights)[3:]}),
-         "do not fit its gpt_config"),
+         "do not fit its configuration"),
     ):  # fmt: skip
         path = folder / f"{name}.pt"
         if isinstance(content, bytes):

@@ -22,6 +22,7 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
+from storygpt.telling import PROMPT, tell
 from storygpt.tokenizer import gpt2_file, load_tokenizer
 from upload_to_hf import hub_dataset, quote
 
@@ -207,14 +208,13 @@ def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
         assert set(files_of(folder)) == {
             *("README.md", "loss_plot.png", "model.py", "config.py", f"checkpoints/{BEST}"),
             *("model.safetensors", "config.json", "generation_config.json"),
-            *("tokenizer.json", "tokenizer_config.json"),
+            *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+            "StoryGPT.gguf",
         }
 
 
 def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_path):
     from huggingface_hub import ModelCard, constants
-
-    from upload_to_hf import tell_story
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     for run, folder in folders:
@@ -230,16 +230,32 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
             "steps": 1000,
             "tokens": 1000 * 64 * 4 * 64,
         }
+        assert "license" not in card.content
+        assert "\nollama run hf.co/you/StoryGPT " in card.text
+        assert "\nllama-cli -hf you/StoryGPT " in card.text
         links = re.findall(r"\]\(([^)]+)\)", card.text)
         assert {"model.py", "config.py", "loss_plot.png", f"checkpoints/{BEST}"} <= set(links)
         for link in links:
             hub_page = link == "https://huggingface.co/datasets/roneneldan/TinyStories"
             assert hub_page or (folder / link).is_file(), link
         for seed in (1337, 1338, 1339):
-            assert f"Seed {seed}:\n\n{quote(tell_story(run.model, seed))}" in card.text
+            [(story, _)] = tell(run.model, PROMPT, [seed])
+            assert f"Seed {seed}:\n\n{quote(story)}" in card.text
         assert "| learning_rate | 0.0003 |" in card.text
         for name in (str(tmp_path.parent), str(run.checkpoint.parent)):
             assert name.encode() not in b"".join(files_of(folder).values())
+
+
+def test_the_card_names_a_licence_and_a_gguf_only_where_there_is_one(script, small_run, tmp_path):
+    from huggingface_hub import ModelCard
+
+    flags = (*small_run.flags, "--dry_run", "--output_dir", tmp_path / "out")
+    result = script("upload_to_hf.py", *flags, "--license", "cc-by-4.0", "--gguf", "none")
+    assert result.code == 0, result.output
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert "gguf" not in card.text.lower() and "ollama" not in card.text
+    assert not (tmp_path / "out" / "StoryGPT.gguf").exists()
 
 
 def test_only_a_hub_data_set_is_named(script, small_run, tmp_path, monkeypatch):
@@ -281,7 +297,7 @@ def test_one_commit_is_the_folder_and_the_same_again_is_none(script, folders, hu
     assert changed.code == 0 and len(repo.commits) == 3, changed.output
     changes = {name for name in repo.commits[2] if repo.commits[2][name] != repo.commits[1][name]}
     assert changes == {"README.md"}
-    assert sum("PUT " in request for request in hub.requests) == 3  # large files went up once
+    assert sum("PUT " in request for request in hub.requests) == 4  # large files went up once
     assert TOKEN not in result.output + again.output + changed.output
     kept = [*repo.commits[2].values(), *files_of(tmp_path).values()]
     assert TOKEN.encode() not in b"".join(kept)
@@ -344,6 +360,25 @@ def test_planned_failures_end_in_a_retry_or_a_sentence(script, folders, tmp_path
         )), name  # fmt: skip
 
 
+def test_what_waiting_cannot_mend_is_said_at_once(script, folders, hub, tmp_path):
+    run, _ = folders[1]
+    environment = hub.environment(tmp_path)
+    proxy = {"NO_PROXY": "", "no_proxy": "", "ALL_PROXY": "socks5://me:secret@127.0.0.1:9"}
+    for flags, changes, says in (
+        ((), {"HF_HUB_OFFLINE": "1"}, "(HF_HUB_OFFLINE is set): unset it"),
+        ((), {"HF_ENDPOINT": hub.url.removeprefix("http://")}, "begin it with https://"),
+        ((), proxy, "Using SOCKS proxy, but the 'socksio' package is not installed"),
+        # the loopback Hub knows fewer languages than its check of the flag lets through
+        (("--language", "multilingual"), {}, 'card: "language" with value "multilingual" is not'),
+    ):
+        result = script("upload_to_hf.py", *run.flags, *flags, **environment | changes)
+        assert result.code == 1 and says in result.output, result.output
+        assert "again in" not in result.output and "network" not in result.output
+        for secret in (TOKEN, "secret"):
+            assert secret not in result.output
+    assert not hub.repos
+
+
 def test_tokens(script, fails, small_run, hub, tmp_path):
     none = hub.environment(tmp_path / "none", token="")
     fails(
@@ -402,6 +437,8 @@ def test_mistakes_are_named_before_the_network_is_touched(fails, small_run, hub,
         (["--repo_id", "a/b/c"], "pass --repo_id owner/name"),
         (["--repo_id", "you/Story GPT"], "pass --repo_id owner/name"),
         (["--repo_id", "you/a--b"], "pass --repo_id owner/name"),
+        (["--language", "English"], "pass --language with two or three letters"),
+        (["--license", "Creative Commons"], "pass --license with one such as"),
         (["--checkpoint", tmp_path / "none.pt"], "there is no checkpoint"),
         (["--checkpoint", "you/StoryGPT"], "there is no checkpoint"),
         (["--checkpoint", tmp_path / "foreign.pt"], "is no StoryGPT checkpoint"),
@@ -568,8 +605,8 @@ def test_foreign_and_damaged_folders_are_refused_in_one_sentence(folders, tmp_pa
         (good["config.json"], None, "it has no model.safetensors"),
         (b"{", weights, "config.json is damaged or not"),
         (json.dumps(config | {"n_head": 0}), weights, "config.json is not valid: n_head must"),
-        (json.dumps(config | {"n_embd": 64}), weights, "do not fit its gpt_config"),
-        (json.dumps(config | {"n_layer": 10**9}), weights, "do not fit its gpt_config"),
+        (json.dumps(config | {"n_embd": 64}), weights, "do not fit its configuration"),
+        (json.dumps(config | {"n_layer": 10**9}), weights, "config.json is not valid: n_layer"),
         (good["config.json"], weights[: len(weights) // 2], r"model.safetensors is damaged"),
         (good["config.json"], b"\xff" * 100, r"model.safetensors is damaged"),
         (good["config.json"], b"", r"model.safetensors is damaged"),

@@ -1,0 +1,466 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+from test_checkpoint import Stranger
+
+from config import GPTConfig, InputError, TrainingConfig
+from model import GPT
+from storygpt.builtin_stories import sample_stories
+from storygpt.checkpoint import BEST, load_checkpoint, load_model, load_start, save_checkpoint
+from storygpt.formats import tokenizer_files, write_folder, write_gguf
+from storygpt.tokenizer import load_tokenizer
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 50257}
+
+
+def write_gpt2(folder: Path, half: torch.dtype | None = None, bare=False, shards=False, **changes):
+    """A GPT-2 with sharp random weights and biases, written by transformers itself."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**(SHAPE | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = model.to(half) if half else model
+    written = model.transformer if bare else model
+    written.save_pretrained(folder, **({"max_shard_size": "100KB"} if shards else {}))
+    return folder
+
+
+def rewrite(folder: Path, change) -> Path:
+    """`folder` with its weights as `change` returns them, from names to tensors."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def with_masks(tensors: dict) -> dict:
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return tensors
+
+
+def with_head(tensors: dict) -> dict:
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+
+
+def without_padding(tensors: dict) -> dict:
+    tensors["transformer.wte.weight"][50257:] = 0  # as training leaves them: never told
+    return tensors
+
+
+def as_bin(folder: Path, **options) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin", **options)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+GPT2S = {
+    "plain": write_gpt2,
+    "without transformer.": lambda f: write_gpt2(f, bare=True),
+    "several files": lambda f: write_gpt2(f, shards=True),
+    "several files without transformer.": lambda f: write_gpt2(f, shards=True, bare=True),
+    "float16": lambda f: write_gpt2(f, half=torch.float16),
+    "bfloat16": lambda f: write_gpt2(f, half=torch.bfloat16),
+    "12 layers": lambda f: write_gpt2(f, n_layer=12, n_head=4),
+    "one head, small vocabulary": lambda f: write_gpt2(f, n_layer=3, n_head=1, vocab_size=512),
+    "padded vocabulary": lambda f: rewrite(write_gpt2(f, vocab_size=50304), without_padding),
+    "harmless settings": lambda f: write_gpt2(
+        f, reorder_and_upcast_attn=True, n_inner=128, activation_function="gelu_pytorch_tanh"
+    ),
+    "masks and head stored": lambda f: rewrite(write_gpt2(f), lambda t: with_head(with_masks(t))),
+    "pytorch_model.bin": lambda f: as_bin(write_gpt2(f)),
+    "pytorch_model.bin of old": lambda f: as_bin(
+        write_gpt2(f), _use_new_zipfile_serialization=False
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", GPT2S)
+def test_any_gpt2_that_transformers_wrote_is_a_checkpoint(shape, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = GPT2S[shape](tmp_path / "gpt2")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours, checkpoint = load_model(folder)
+    assert not ours.training and checkpoint["step"] == 0
+    size = ours.config.vocab_size
+    assert size == min(theirs.config.vocab_size, 50257)
+    x = torch.randint(size, (10, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(x).logits[..., :size]
+        assert (ours(x)[0] - expected).abs().max() <= 1e-4
+        assert expected.std() > 0.5  # so that the bound says something
+    for prompt in x[:, None, :10]:
+        told = theirs.generate(prompt, do_sample=False, max_new_tokens=20, eos_token_id=-1)
+        assert told.tolist() == ours.generate(prompt, 20, 0).tolist()
+
+
+def with_tokenizer(folder: Path, *names: str, swap: int | None = None) -> Path:
+    """`folder` with the named files of GPT-2's tokenizer; two of its tokens trade ids at `swap`."""
+    files = tokenizer_files(50257, 64)
+    vocab = json.loads(files["vocab.json"])
+    tokenizer = json.loads(files["tokenizer.json"])
+    if swap:
+        by_id = sorted(vocab, key=vocab.get)
+        vocab[by_id[swap]], vocab[by_id[swap + 1]] = swap + 1, swap
+    tokenizer["model"]["vocab"] = vocab
+    # the spelling of tokenizers 0.20 and newer
+    tokenizer["model"]["merges"] = [pair.split(" ") for pair in tokenizer["model"]["merges"]]
+    files |= {"vocab.json": json.dumps(vocab), "tokenizer.json": json.dumps(tokenizer)}
+    for name in names:
+        (folder / name).write_text(files[name], encoding="utf-8")
+    return folder
+
+
+def test_gpt2s_tokenizer_is_known_in_each_of_its_spellings(tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    load_model(with_tokenizer(folder, "vocab.json", "merges.txt"))
+    load_model(with_tokenizer(folder, "tokenizer.json"))
+
+
+def edit_config(folder: Path, **changes) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path.parent
+
+
+def bomb(folder: Path) -> Path:
+    (folder / "model.safetensors").unlink()
+    weights = {"wte.weight": Stranger(folder / "proof")}
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def drop(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def point_outside(folder: Path) -> Path:
+    (folder / "model.safetensors").rename(folder.parent / "out.safetensors")
+    index = {"weight_map": {"wte.weight": "../out.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def other_head(tensors: dict) -> dict:
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+
+
+def not_a_number(tensors: dict) -> dict:
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = torch.nan
+    return tensors
+
+
+FOREIGN = {
+    "llama": (lambda f: edit_config(f, model_type="llama"), "is a llama model's"),
+    "bert": (lambda f: edit_config(f, model_type="bert"), "is a bert model's"),
+    "gelu": (lambda f: edit_config(f, activation_function="gelu"), "activation_function 'gelu'"),
+    "n_inner": (lambda f: edit_config(f, n_inner=100), "n_inner 100"),
+    "by layer": (
+        lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx True",
+    ),
+    "unscaled": (lambda f: edit_config(f, scale_attn_weights=False), "scale_attn_weights False"),
+    "untied": (lambda f: edit_config(f, tie_word_embeddings=False), "tie_word_embeddings False"),
+    "other head": (lambda f: rewrite(f, other_head), "a head that is not its embedding"),
+    "epsilon": (lambda f: edit_config(f, layer_norm_epsilon=1e-6), "layer_norm_epsilon 1e-06"),
+    "text for a number": (
+        lambda f: edit_config(f, n_embd="wide"),
+        "config.json is not valid: n_embd",
+    ),
+    "classifier": (
+        lambda f: rewrite(f, lambda t: t | {"score.weight": torch.ones(2, 32)}),
+        "score.weight is (2, 32), where the model has none",
+    ),
+    "another tokenizer": (
+        lambda f: with_tokenizer(f, "tokenizer.json", swap=1000),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "another vocabulary": (
+        lambda f: with_tokenizer(f, "vocab.json", "merges.txt", swap=1000),
+        "is a tokenizer of another kind",
+    ),
+    "half a tokenizer": (
+        lambda f: cut(with_tokenizer(f, "tokenizer.json") / "tokenizer.json"),
+        "tokenizer.json is damaged",
+    ),
+    "missing file": (
+        lambda f: drop(write_gpt2(f / "s", shards=True), "model-00002-of-00003.safetensors"),
+        "it has no model-00002-of-0000",
+    ),
+    "half a file": (lambda f: cut(f / "model.safetensors"), "model.safetensors is damaged"),
+    "bomb": (bomb, "could run a stranger's code"),
+    "file elsewhere": (point_outside, "index.json is damaged"),
+    "not a number": (lambda f: rewrite(f, not_a_number), "h.1.mlp.c_fc.weight in"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_and_damaged_models_are_one_sentence(kind, tmp_path):
+    make, says = FOREIGN[kind]
+    folder = make(write_gpt2(tmp_path / "gpt2"))
+    with pytest.raises(InputError) as error:
+        load_model(folder)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    assert not (folder / "proof").exists()
+
+
+def test_what_diverged_tells_no_story(script, fails, run_dir, data_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / BEST)
+    checkpoint["model_state_dict"]["h.0.ln_1.weight"][0] = torch.inf
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    flags = ("--checkpoint", tmp_path / "a.pt")
+    fails("generate.py", *flags, says="h.0.ln_1.weight in")
+    fails("evaluate.py", *flags, "--data_dir", data_dir, says="is not finite")
+
+
+def test_the_origin_of_a_run_is_its_weights(tmp_path):
+    model, checkpoint = load_model(write_gpt2(tmp_path / "gpt2"))
+    config, state_dict, origin = load_start(tmp_path / "gpt2")
+    assert config == model.config and state_dict.keys() == model.state_dict().keys()
+    assert origin["checkpoint"] == str(tmp_path / "gpt2")
+    recipe = {"training_config": TrainingConfig()}
+    save_checkpoint(tmp_path / "a.pt", checkpoint | recipe)
+    assert load_start(tmp_path / "a.pt")[2]["sha256"] == origin["sha256"]
+    checkpoint["model_state_dict"]["wpe.weight"][0, 0] += 1
+    save_checkpoint(tmp_path / "b.pt", checkpoint | recipe)
+    assert load_start(tmp_path / "b.pt")[2]["sha256"] != origin["sha256"]
+
+
+def told(output: str) -> str:
+    return output.split(" tokens in ")[0].rsplit("\n", 1)[0]
+
+
+def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, tmp_path, data_dir):
+    folder = with_tokenizer(write_gpt2(tmp_path / "gpt2"), *tokenizer_files(50257, 64))
+    as_bin(shutil.copytree(folder, tmp_path / "old"))
+    with Hub() as hub:
+        for name, source in (("gpt2-like", folder), ("old", tmp_path / "old")):
+            files = {path.name: path.read_bytes() for path in source.iterdir()}
+            hub.add(
+                f"models/them/{name}", files | {"tf_model.h5": b"large", "onnx/a.bin": b"larger"}
+            )
+        hub.repos["models/them/gpt2-like"].commits[-1]["pytorch_model.bin"] = b"twice"
+        environment = hub.environment(tmp_path / "hf") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        stories = []
+        for checkpoint in (folder, "them/gpt2-like", "them/old"):
+            flags = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 20)
+            result = script("generate.py", *flags, "--device", "cpu", **environment)
+            assert result.code == 0, result.output
+            stories.append(told(result.output))
+        assert stories[0] == stories[1] == stories[2]
+        for unread in ("tf_model.h5", "onnx/a.bin", "gpt2-like/resolve/.*/pytorch_model.bin"):
+            assert not any(unread in request for request in hub.requests), unread
+
+        # a run that started from it, published, and told from
+        config, state_dict, _ = load_start(folder)
+        origin = {"checkpoint": "them/gpt2-like", "sha256": "0" * 64}
+        run = {"gpt_config": config, "model_state_dict": state_dict, "init_from": origin}
+        run |= {"training_config": TrainingConfig(), "step": 7, "val_loss": 2.5}
+        save_checkpoint(tmp_path / "run.pt", run)
+        flags = ("--repo_id", "you/StoryGPT", "--checkpoint", tmp_path / "run.pt")
+        result = script("upload_to_hf.py", *flags, "--data_dir", tmp_path, **environment)
+        assert result.code == 0, result.output
+        published = hub.repos["models/you/StoryGPT"].commits[-1]
+        card = published["README.md"].decode()
+        assert "\nbase_model: them/gpt2-like\n" in card and "[them/gpt2-like](" in card
+        flags = ("--checkpoint", "you/StoryGPT", "--temperature", 0, "--max_new_tokens", 20)
+        result = script("generate.py", *flags, "--device", "cpu", **environment)
+        assert told(result.output) == stories[0]
+    # the server is gone: what generate.py downloaded serves transformers, too
+    program = (
+        "from transformers import pipeline; print(pipeline('text-generation', 'you/StoryGPT')"
+        "('Once upon a time', do_sample=False, max_length=24)[0]['generated_text'])"
+    )
+    offline = os.environ | environment | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=offline, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert stories[0].startswith(result.stdout.strip())
+
+
+def test_a_private_origin_is_not_published(script, tmp_path):
+    config, state_dict, origin = load_start(write_gpt2(tmp_path / "gpt2"))
+    run = {"gpt_config": config, "model_state_dict": state_dict, "init_from": origin}
+    run |= {"training_config": TrainingConfig(), "step": 7, "val_loss": 2.5}
+    save_checkpoint(tmp_path / "run.pt", run)
+    flags = ("--repo_id", "you/StoryGPT", "--checkpoint", tmp_path / "run.pt", "--dry_run")
+    out = tmp_path / "out"
+    result = script("upload_to_hf.py", *flags, "--data_dir", tmp_path, "--output_dir", out)
+    assert result.code == 0, result.output
+    card = (out / "README.md").read_text()
+    assert "base_model" not in card and "from weights of another run" in card
+    assert str(tmp_path).encode() not in b"".join(p.read_bytes() for p in out.rglob("*.*"))
+
+
+# --- Told elsewhere ---
+
+
+@pytest.fixture(scope="module", params=[50257, 4096])
+def storyteller(request, tmp_path_factory) -> tuple[GPT, dict]:
+    """A model that has learnt twenty stories by heart, so that no two tokens are nearly tied.
+
+    It learns with the stories' own tokens and one more, whose embedding all others then get.
+    """
+    size = request.param
+    tokenizer = load_tokenizer(size)
+    stories = [tokenizer.encode_ordinary(text)[:110] for text in sample_stories(20, seed=3)]
+    rows = torch.full((20, 112), tokenizer.eot_token)
+    for row, story in zip(rows, stories, strict=True):
+        row[: len(story)] = torch.tensor(story)
+    told, rows = rows.unique(return_inverse=True)
+    shape = {"context_length": 128, "n_layer": 2, "n_head": 2, "n_embd": 48, "dropout": 0.0}
+    shape |= {"bias": size == 4096, "init_std": 0.1}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=len(told) + 1, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(80):
+        loss = model(rows[:, :-1], rows[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1
+    state_dict = model.state_dict()
+    embedding = state_dict["wte.weight"][-1].repeat(size, 1)
+    embedding[told] = state_dict["wte.weight"][:-1]
+    state_dict |= dict.fromkeys(("wte.weight", "lm_head.weight"), embedding)
+    model = GPT(GPTConfig(vocab_size=size, **shape)).eval()
+    model.load_state_dict(state_dict)
+    checkpoint = {
+        "gpt_config": model.config,
+        "training_config": TrainingConfig(),
+        "model_state_dict": model.state_dict(),
+        "step": 80,
+        "val_loss": loss.item(),
+    }
+    return model, checkpoint
+
+
+def prompts(size: int) -> list[tuple[str, list[int]]]:
+    """Twenty beginnings of 4 to 23 tokens, as text and as ids."""
+    tokenizer = load_tokenizer(size)
+    cut = [
+        tokenizer.encode_ordinary(text)[: 4 + i]
+        for i, text in enumerate(sample_stories(20, seed=3))
+    ]
+    return [(tokenizer.decode(ids), ids) for ids in cut]
+
+
+PROGRAM = """\
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+
+folder, texts = sys.argv[1], json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(folder)
+told = {}
+for name, kind in (("auto", AutoTokenizer), ("gpt2", GPT2Tokenizer)):
+    tokenizer = kind.from_pretrained(folder)
+    told[name] = tokenizer(texts)["input_ids"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    ids = model.generate(**batch, do_sample=False, max_length=None, max_new_tokens=32)
+    told[name + " batch"] = [ids[i, len(ids[i]) - 32 :].tolist() for i in range(len(texts))]
+json.dump(told, sys.stdout)
+"""
+# Other Pythons, of which each has a transformers of its own, for instance the oldest one we name.
+PYTHONS = [sys.executable, *os.environ.get("TRANSFORMERS_PYTHONS", "").split()]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_batch_tells_what_each_prompt_alone_tells(storyteller, python, tmp_path):
+    model, checkpoint = storyteller
+    write_folder(tmp_path, checkpoint)
+    beginnings = prompts(model.config.vocab_size)
+    result = subprocess.run(
+        [python, "-c", PROGRAM, tmp_path],
+        input=json.dumps([text for text, _ in beginnings]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout)
+    end_of_text = model.config.vocab_size - 1
+    for i, (_, ids) in enumerate(beginnings):
+        assert theirs["auto"][i] == theirs["gpt2"][i] == ids
+        expected = model.generate(torch.tensor([ids]), 32, 0)[0, len(ids) :].tolist()
+        if end_of_text in expected:
+            first = expected.index(end_of_text)
+            expected[first:] = [end_of_text] * (32 - first)
+        assert theirs["auto batch"][i] == theirs["gpt2 batch"][i] == expected
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+def test_gguf_holds_the_weights_and_the_tokenizer(storyteller, dtype, tmp_path):
+    model, checkpoint = storyteller
+    size, kind = model.config.vocab_size, np.float16 if dtype == "f16" else np.float32
+    write_gguf(tmp_path / "a.gguf", checkpoint, "StoryGPT", dtype)
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    state = model.state_dict()
+    assert len(tensors) == 2 + 12 * model.config.n_layer + 2
+    for theirs, ours in (
+        ("token_embd.weight", "wte.weight"),
+        ("blk.0.attn_qkv.weight", "h.0.attn.c_attn.weight"),
+        ("blk.1.ffn_down.weight", "h.1.mlp.c_proj.weight"),
+    ):
+        assert tensors[theirs].dtype == kind
+        assert np.array_equal(tensors[theirs], state[ours].numpy().astype(kind))
+    assert np.array_equal(tensors["position_embd.weight"], state["wpe.weight"].numpy())
+    bias = state.get("h.0.attn.c_attn.bias", torch.zeros(3 * 48)).numpy()
+    assert np.array_equal(tensors["blk.0.attn_qkv.bias"], bias)
+
+    def field(name):
+        return reader.get_field(name).contents()
+
+    assert field("general.architecture") == field("tokenizer.ggml.model") == "gpt2"
+    assert field("tokenizer.ggml.pre") == "gpt-2" and field("gpt2.context_length") == 128
+    assert field("tokenizer.ggml.bos_token_id") == field("tokenizer.ggml.eos_token_id") == size - 1
+    assert field("tokenizer.ggml.tokens")[-2:][1] == "<|endoftext|>"
+    assert len(field("tokenizer.ggml.tokens")) == size
+    assert len(field("tokenizer.ggml.merges")) == size - 257
+    assert field("tokenizer.ggml.add_bos_token") is False
+
+
+@pytest.mark.skipif(
+    not (shutil.which("node") and os.environ.get("NODE_LLAMA_CPP_DIR")),
+    reason="needs node, and in NODE_LLAMA_CPP_DIR a folder with the npm package node-llama-cpp",
+)
+def test_llama_cpp_tells_the_same(storyteller, tmp_path):
+    model, checkpoint = storyteller
+    write_gguf(tmp_path / "a.gguf", checkpoint, "StoryGPT", "f32")
+    beginnings = prompts(model.config.vocab_size)
+    (tmp_path / "prompts.json").write_text(json.dumps([text for text, _ in beginnings]))
+    program = Path(__file__).parent / "llama_cpp.mjs"
+    folder = os.environ["NODE_LLAMA_CPP_DIR"]
+    command = ["node", program, folder, tmp_path / "a.gguf", tmp_path / "prompts.json", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout)
+    end_of_text = model.config.vocab_size - 1
+    for (_, ids), answer in zip(beginnings, theirs, strict=True):
+        assert answer["prompt"] == ids
+        told = model.generate(torch.tensor([ids]), 64, 0, end_of_text=end_of_text)
+        assert answer["ids"] == told[0, len(ids) :].tolist()
