@@ -42,10 +42,10 @@ from storygpt.optimizer import Optimizer
 from storygpt.run_folder import RunFolder, TrainState, step_name
 from storygpt.token_files import (
     data_fingerprint,
+    epoch_layout,
     load_meta,
     load_tokens,
     mixed_seed,
-    story_starts,
     training_batch,
 )
 
@@ -88,7 +88,7 @@ class Setting:
     dtype: torch.dtype
     train_tokens: np.ndarray
     val_tokens: np.ndarray
-    stories: np.ndarray
+    story_ends: np.ndarray | None
     tokens_per_step: int
     remembered: dict  # by StoryGPT_latest.pt: data, dtype, run_id
 
@@ -149,7 +149,9 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
         for split in ("train", "validation")
     )
 
-    stories = story_starts(train_tokens, meta["end_of_text"]) if config.story_windows else None
+    story_ends = None
+    if config.story_windows:
+        story_ends = np.flatnonzero(train_tokens == meta["end_of_text"])
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
@@ -167,7 +169,7 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
         state.load(resumed, arguments.checkpoint_dir / LATEST)
         if resumed["dtype"] != remembered["dtype"]:
             print(f"this run was in {resumed['dtype']} and goes on in {remembered['dtype']}")
-    tokens = (train_tokens, val_tokens, stories, config.tokens_per_step(gpt.context_length))
+    tokens = (train_tokens, val_tokens, story_ends, config.tokens_per_step(gpt.context_length))
     return Setting(arguments, processes, device, dtype, *tokens, remembered), state
 
 
@@ -248,8 +250,9 @@ def train_step(
             config.seed,
             state.step,
             positions,
+            config.batch_size * config.gradient_accumulation_steps,
             gpt.context_length,
-            setting.stories,
+            setting.story_ends,
             config.story_windows,
         )
         setting.processes.synchronize_gradients(model, micro_batch == own[-1])
@@ -265,6 +268,7 @@ def train_step(
     entry = {
         "step": state.step,
         "tokens": state.step * setting.tokens_per_step,
+        "epoch": round(epochs_after(state.step, setting), 4),
         "train_loss": means[0],
         "learning_rate": learning_rate,
         "grad_norm": None if skipped else means[1],
@@ -272,6 +276,13 @@ def train_step(
     if setting.dtype == torch.float16:
         entry["skipped_steps"] = state.skipped_steps
     return entry, status
+
+
+def epochs_after(step: int, setting: Setting) -> float:
+    """How often `step` steps go through the train tokens."""
+    length = setting.arguments.gpt.context_length
+    num_windows, _ = epoch_layout(len(setting.train_tokens), length)
+    return step * setting.tokens_per_step / (length * num_windows)
 
 
 def check(setting: Setting, state: TrainState, entry: dict) -> None:
@@ -312,7 +323,7 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     metrics = folder.open(state.step)
     save(setting, state, folder, [LATEST])
     folder.wait()
-    epochs = config.max_steps * setting.tokens_per_step / number
+    epochs = epochs_after(config.max_steps, setting)
     print(
         f"{state.model.num_parameters():,} parameters on {setting.processes.world_size} × "
         f"{setting.device.type}, {dtype_name(setting.dtype)}; {number:,} train tokens, "
