@@ -125,6 +125,13 @@ def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
     return Encoded(ids, lengths.astype(np.uint32), np.array(sizes, np.uint32), pairs)
 
 
+def describe_tokenizer(vocab_size: int) -> dict:
+    """What meta.json says of the tokenizer. The parent has no need of it, which takes memory."""
+    tokenizer = load_tokenizer(vocab_size)
+    name, end_of_text = tokenizer.name, tokenizer.eot_token
+    return {"tokenizer": name, "vocab_size": tokenizer.n_vocab, "end_of_text": end_of_text}
+
+
 def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
@@ -249,7 +256,8 @@ def copy_stories(file: BinaryIO, encoded: Encoded, keep: np.ndarray, writer: Spl
 
 def encode_split(stories: Iterator[str], pool, path: Path, arguments: Arguments, bar) -> Encoded:
     """Encodes all `stories` into the file `path`; returns what is kept of each, without the ids."""
-    parts = [encode_stories([], arguments.vocab_size)]
+    none = np.empty(0, np.uint32)
+    parts = [Encoded(np.empty(0, "<u2"), none, none, np.empty((0, 2), np.uint64))]
     with path.open("wb") as file:
         batches = batched(stories)
         for part in encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc):
@@ -315,7 +323,6 @@ def prepare(arguments: Arguments) -> dict:
     data_dir, skipped, read = arguments.data_dir, Counter(), {}
     with ExitStack() as stack:
         pool = stack.enter_context(start_workers(arguments.num_proc, arguments.vocab_size))
-        tokenizer = load_tokenizer(arguments.vocab_size)
         source = open_stories(
             arguments.dataset,
             arguments.text_column,
@@ -335,9 +342,7 @@ def prepare(arguments: Arguments) -> dict:
                 stories = kept_stories(stories, arguments.max_stories, skipped)
                 read[split] = encode_split(stories, pool, scratch / f"{split}.ids", arguments, bar)
         meta = {
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.n_vocab,
-            "end_of_text": tokenizer.eot_token,
+            **pool.submit(describe_tokenizer, arguments.vocab_size).result(),
             "dataset": arguments.dataset,
             "subset": arguments.subset,
             "revision": source.revision,

@@ -42,11 +42,11 @@ from storygpt.optimizer import Optimizer
 from storygpt.run_folder import RunFolder, TrainState, step_name
 from storygpt.token_files import (
     data_fingerprint,
-    epoch_layout,
     load_meta,
     load_tokens,
     mixed_seed,
     training_batch,
+    windows_per_epoch,
 )
 
 
@@ -90,6 +90,7 @@ class Setting:
     val_tokens: np.ndarray
     story_ends: np.ndarray | None
     tokens_per_step: int
+    steps_per_epoch: float
     remembered: dict  # by StoryGPT_latest.pt: data, dtype, run_id
 
 
@@ -169,7 +170,10 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
         state.load(resumed, arguments.checkpoint_dir / LATEST)
         if resumed["dtype"] != remembered["dtype"]:
             print(f"this run was in {resumed['dtype']} and goes on in {remembered['dtype']}")
-    tokens = (train_tokens, val_tokens, story_ends, config.tokens_per_step(gpt.context_length))
+    windows = config.batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = windows_per_epoch(len(train_tokens), gpt.context_length) / windows
+    numbers = (config.tokens_per_step(gpt.context_length), steps_per_epoch)
+    tokens = (train_tokens, val_tokens, story_ends, *numbers)
     return Setting(arguments, processes, device, dtype, *tokens, remembered), state
 
 
@@ -268,7 +272,7 @@ def train_step(
     entry = {
         "step": state.step,
         "tokens": state.step * setting.tokens_per_step,
-        "epoch": round(epochs_after(state.step, setting), 4),
+        "epoch": round(state.step / setting.steps_per_epoch, 4),
         "train_loss": means[0],
         "learning_rate": learning_rate,
         "grad_norm": None if skipped else means[1],
@@ -276,13 +280,6 @@ def train_step(
     if setting.dtype == torch.float16:
         entry["skipped_steps"] = state.skipped_steps
     return entry, status
-
-
-def epochs_after(step: int, setting: Setting) -> float:
-    """How often `step` steps go through the train tokens."""
-    length = setting.arguments.gpt.context_length
-    num_windows, _ = epoch_layout(len(setting.train_tokens), length)
-    return step * setting.tokens_per_step / (length * num_windows)
 
 
 def check(setting: Setting, state: TrainState, entry: dict) -> None:
@@ -323,7 +320,7 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     metrics = folder.open(state.step)
     save(setting, state, folder, [LATEST])
     folder.wait()
-    epochs = epochs_after(config.max_steps, setting)
+    epochs = config.max_steps / setting.steps_per_epoch
     print(
         f"{state.model.num_parameters():,} parameters on {setting.processes.world_size} × "
         f"{setting.device.type}, {dtype_name(setting.dtype)}; {number:,} train tokens, "

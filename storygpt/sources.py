@@ -37,8 +37,9 @@ SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
 SHARD = re.compile(r"^(\d+[-_. ]+)+|([-_. ]*\d+([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{16})?)?)+$")
 NOTES = re.compile(
     r"(readme|licen[cs]e|requirements|changelog|copying)s?([-_. ].*)?|changes|copyright|notice|"
-    r"authors|contribut(ors|ing)|citation|package(-lock)?|config|dataset_(infos?|dict)|state"
+    r"authors|contribut(ors|ing)|citation"
 )
+SETTINGS = re.compile(r"(package(-lock)?|config|dataset_(infos?|dict)|state|meta)\.json")
 
 
 class Stories(NamedTuple):
@@ -155,7 +156,7 @@ def find_files(folder: Path, left_out: dict[str, list[str]]) -> dict[str, list[P
     for path in walk(folder, left_out):
         shown, kind = str(path.relative_to(folder)), kind_of(path.name)
         stem = path.name.lower().partition(kind)[0] if kind else path.stem.lower()
-        if NOTES.fullmatch(stem):
+        if NOTES.fullmatch(stem) or SETTINGS.fullmatch(path.name.lower()):
             left_out.setdefault("notes by their name", []).append(shown)
         elif not kind:
             left_out.setdefault("of another kind", []).append(shown)

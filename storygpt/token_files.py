@@ -165,6 +165,11 @@ def epoch_layout(num_tokens: int, context_length: int) -> tuple[int, range]:
     return num_windows - 1, range(spare + 1, context_length)
 
 
+def windows_per_epoch(num_tokens: int, context_length: int) -> int:
+    """How many windows an epoch has."""
+    return epoch_layout(num_tokens, context_length)[0]
+
+
 @lru_cache(maxsize=2)  # a batch may cross from one epoch into the next
 def epoch_order(
     num_windows: int, num_offsets: int, seed: int, epoch: int
