@@ -62,7 +62,7 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     story_windows: float = 0.0
-    """Share of the training windows that start where a story starts; the others start anywhere."""
+    """Share of the training windows that are moved back to where their first story starts."""
     eval_interval: int = 500
     """Steps between evaluations (the last step is always evaluated)."""
     eval_iters: int = 100

@@ -1,31 +1,41 @@
 """Script: stories in, token files out.
 
-Writes `train.bin` and `validation.bin` (raw little-endian uint16 ids, one stream a split, an
-end-of-text id after every story) and `meta.json`, which says what they hold.
+One pass encodes all stories into scratch files and keeps of each its length and a hash; then the
+stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
+import hashlib
 import os
-import random
+import re
+import shutil
 import signal
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from config import InputError
 from storygpt.cli import parse_flags, progress_bar, run
-from storygpt.sources import BATCH, batched, open_stories
+from storygpt.readers import one_line
+from storygpt.sources import Stories, describe, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
+
+BATCH = 1_000  # stories a worker encodes at once, unless they have more than
+BATCH_CHARACTERS = 2**20
+# GPT-2's pattern takes white space before a word as one piece but for its last character, and at
+# the end of the text as one piece. The engine that finds it gives up at about a million.
+WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_WHITE_SPACE = re.compile(rf"{WHITE_SPACE}{{1000,}}(?:(?={WHITE_SPACE})|\Z)")
 
 
 @dataclass(frozen=True)
@@ -33,14 +43,22 @@ class Arguments:
     """Encode stories into train.bin, validation.bin and meta.json."""
 
     dataset: str = "roneneldan/TinyStories"
-    """A data set on the Hub, `builtin` (a story grammar, needs no network; also `sample`), a local
-    data-set folder, or a .txt, .jsonl, .csv or .parquet file."""
+    """A data set on the Hub, `builtin` (a story grammar, needs no network; also `sample`), a
+    folder, or a .txt, .jsonl, .json, .csv, .tsv or .parquet file; docs/data.md has the rules."""
+    subset: str | None = None
+    """Subset (configuration) of a data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the Hub."""
+    max_stories: int | None = None
+    """Most stories to take of each split; from the Hub, no more than these are downloaded."""
     text_column: str = "text"
-    """The column that holds the stories."""
+    """The column that holds the stories; `story.text` is the field text of the column story."""
     vocab_size: int = GPT2_VOCAB_SIZE
     """Token ids to use: GPT-2's first vocab_size - 1 tokens and end-of-text."""
     validation_fraction: float = 0.01
     """Share of stories held out where the data set has no validation split."""
+    deduplicate: bool = False
+    """Keep only the first of equal train stories, and none that the validation split holds."""
     num_proc: int = os.cpu_count() or 1
     """Processes that encode."""
     data_dir: Path = Path("data")
@@ -49,47 +67,69 @@ class Arguments:
     """Seed of the hold-out and of the built-in stories."""
 
 
-def split_batches(
-    sources: dict[str, Iterator[list[str]]], validation_fraction: float, seed: int
-) -> Iterator[tuple[str, list[str]]]:
-    """(split, stories) in file order; without a validation split, holds out a seeded share.
+class Encoded(NamedTuple):
+    """Stories as one (tokens,) uint16 array, and of each story, (stories,): its tokens and UTF-8
+    bytes as uint32, and 16 bytes of hash as two uint64, (stories, 2)."""
 
-    The share is drawn block by block, so that it needs no count of the whole, comes from
-    everywhere in the data, and is never empty.
-    """
-    if "validation" in sources:
-        for split in SPLITS:
-            for batch in sources[split]:
-                yield split, batch
-        return
-    rng = random.Random(seed)
-    stories = (story for batch in sources["train"] for story in batch)
-    for block in batched(stories, max(BATCH, round(1 / validation_fraction))):
-        num_held_out = max(1, round(len(block) * validation_fraction))
-        held_out = set(rng.sample(range(len(block)), num_held_out))
-        yield "train", [story for i, story in enumerate(block) if i not in held_out]
-        yield "validation", [story for i, story in enumerate(block) if i in held_out]
+    ids: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+    hashes: np.ndarray
 
 
-def encode_stories(stories: list[str | None], vocab_size: int) -> tuple[np.ndarray, int, int]:
-    """All stories as one (tokens,) uint16 array, and the counts of stories and UTF-8 bytes in it.
+# --- Encoding, in worker processes ---
 
-    Empty stories are left out.
-    """
-    tokenizer = load_tokenizer(vocab_size)
-    kept = [story for story in stories if story and not story.isspace()]
-    text = END_OF_TEXT.join([*kept, ""])
+
+def encode_text(text: str, tokenizer) -> np.ndarray:
+    """The ids of a text in which nothing is special, (tokens,) uint16, also where it has miles of
+    white space. Raises InputError for what cannot be encoded."""
     try:
-        num_bytes = len(text.encode()) - len(kept) * len(END_OF_TEXT)
+        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype("<u2")
+    except ValueError:  # the pattern's engine gave up: each of these pieces it would match alone
+        pieces, end = [], 0
+        for match in LONG_WHITE_SPACE.finditer(text):
+            pieces += [text[end : match.start()], match[0]]
+            end = match.end()
+        pieces.append(text[end:])
+    try:
+        ids = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        return np.concatenate(ids).astype("<u2")
+    except ValueError as error:
+        raise InputError(
+            f"the story that begins {text[:40]!r} cannot be encoded: {one_line(error)}"
+        ) from error
+
+
+def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
+    """Each story's ids and an end-of-text. Raises InputError for what cannot be encoded."""
+    tokenizer = load_tokenizer(vocab_size)
+    try:
+        texts = [story.encode() for story in stories]
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
-        kept = [s.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for s in kept]
-        return encode_stories(kept, vocab_size)
-    if text.count(END_OF_TEXT) == len(kept):  # all in one call: a call a story is slower
-        ids = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT})
-    else:  # a story spells end-of-text: there it stays text
-        encode = partial(tokenizer.encode_to_numpy, disallowed_special=())
-        ids = np.concatenate([x for s in kept for x in (encode(s), [tokenizer.eot_token])])
-    return ids.astype("<u2"), len(kept), num_bytes
+        stories = [s.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for s in stories]
+        texts = [story.encode() for story in stories]
+    hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    sizes, ids = [len(text) for text in texts], None
+    del texts
+    if len(stories) > 1:
+        joined = END_OF_TEXT.join([*stories, ""])
+        if joined.count(END_OF_TEXT) == len(stories):  # where a story spells it, it stays text
+            with suppress(ValueError):  # all in one call: a call a story is slower
+                ids = tokenizer.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype("<u2")
+    if ids is None:
+        end = np.array([tokenizer.eot_token], "<u2")
+        each = [part for story in stories for part in (encode_text(story, tokenizer), end)]
+        ids = np.concatenate([end[:0], *each])
+    lengths = np.diff(np.flatnonzero(ids == tokenizer.eot_token), prepend=-1)
+    pairs = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
+    return Encoded(ids, lengths.astype(np.uint32), np.array(sizes, np.uint32), pairs)
+
+
+def describe_tokenizer(vocab_size: int) -> dict:
+    """What meta.json says of the tokenizer. The parent has no need of it, which takes memory."""
+    tokenizer = load_tokenizer(vocab_size)
+    name, end_of_text = tokenizer.name, tokenizer.eot_token
+    return {"tokenizer": name, "vocab_size": tokenizer.n_vocab, "end_of_text": end_of_text}
 
 
 def _ignore_interrupt() -> None:
@@ -114,19 +154,154 @@ def start_workers(num_proc: int, vocab_size: int) -> Iterator[ProcessPoolExecuto
         pool.shutdown(cancel_futures=True)
 
 
+def batched(stories: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive lists of at most BATCH stories and about BATCH_CHARACTERS characters."""
+    batch, characters = [], 0
+    for story in stories:
+        batch.append(story)
+        characters += len(story)
+        if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 def encode_in_parallel(
-    batches: Iterable[tuple[str, list[str]]], pool: Executor, vocab_size: int, num_proc: int
-) -> Iterator[tuple[str, int, tuple[np.ndarray, int, int]]]:
-    """(split, stories read, encode_stories of them) in order, with a bounded number in memory."""
+    batches: Iterable[list[str]], pool: Executor, vocab_size: int, num_proc: int
+) -> Iterator[Encoded]:
+    """encode_stories of each batch in order, with a bounded number of them in memory."""
+
+    def result(future: Future) -> Encoded:
+        try:
+            return future.result()
+        except (InputError, BrokenProcessPool):
+            raise
+        except Exception as error:
+            raise InputError(f"a worker failed to encode stories: {one_line(error)}") from error
+
     waiting = deque()
-    for split, stories in batches:
-        waiting.append((split, len(stories), pool.submit(encode_stories, stories, vocab_size)))
-        if len(waiting) > 3 * num_proc:
-            split, count, future = waiting.popleft()
-            yield split, count, future.result()
+    for batch in batches:
+        waiting.append(pool.submit(encode_stories, batch, vocab_size))
+        del batch
+        if len(waiting) > 2 * num_proc:
+            yield result(waiting.popleft())
     while waiting:
-        split, count, future = waiting.popleft()
-        yield split, count, future.result()
+        yield result(waiting.popleft())
+
+
+# --- From stories to files ---
+
+
+def kept_stories(
+    stories: Iterable[str | None], most: int | None, skipped: Counter
+) -> Iterator[str]:
+    """The stories that hold anything, at most `most`; those that do not are counted in `skipped`.
+
+    A byte-order mark belongs to the file that a story comes from, not to the story.
+    """
+    for story in stories:
+        story = story and story.lstrip("\ufeff")
+        if story and not story.isspace():
+            yield story
+            most = most and most - 1
+            if most == 0:
+                return
+        else:
+            skipped["empty"] += 1
+
+
+def find_duplicates(train: np.ndarray, validation: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Which train stories are the first of their kind and not in validation, (train,) bool; how
+    many train stories repeat an earlier one, and how many validation stories are in train.
+
+    The stories are given as hashes, (stories, 2) uint64.
+    """
+    hashes = np.concatenate((validation, train))
+    order = np.lexsort(hashes.T)
+    new = np.diff(hashes[order], axis=0, prepend=hashes[order[:1]]).any(1)
+    kind = np.empty(len(order), np.int64)
+    kind[order] = new.cumsum()
+    of_validation, of_train = kind[: len(validation)], kind[len(validation) :]
+    kinds, first = np.unique(of_train, return_index=True)
+    keep = np.zeros(len(train), bool)
+    keep[first] = ~np.isin(kinds, of_validation)
+    return keep, len(train) - len(kinds), int(np.isin(of_validation, kinds).sum())
+
+
+def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
+    """Which stories are held out: (num_stories,) bool. Raises InputError where there is but one."""
+    if num_stories == 1:
+        raise InputError(
+            f"{name} holds one story alone, which cannot be both train and validation: add "
+            "stories, or put <|endoftext|> between them"
+        )
+    number = min(max(round(num_stories * fraction), 1), num_stories - 1)
+    held_out = np.zeros(num_stories, bool)
+    held_out[np.random.default_rng(seed).choice(num_stories, number, replace=False)] = True
+    return held_out
+
+
+def copy_stories(file: BinaryIO, encoded: Encoded, keep: np.ndarray, writer: SplitWriter) -> None:
+    """Copies the ids of the stories to `keep` from a scratch file (encoded.ids stays empty)."""
+    ends = np.concatenate(([0], encoded.tokens.cumsum(dtype=np.int64)))
+    changes = np.flatnonzero(np.diff(keep, prepend=False, append=False))
+    for first, last in changes.reshape(-1, 2):
+        file.seek(2 * ends[first])
+        for start in range(ends[first], ends[last], 2**20):
+            ids = np.fromfile(file, "<u2", min(2**20, ends[last] - start))
+            writer.write(ids)
+    writer.count(keep.sum(), encoded.bytes[keep].sum())
+
+
+def encode_split(stories: Iterator[str], pool, path: Path, arguments: Arguments, bar) -> Encoded:
+    """Encodes all `stories` into the file `path`; returns what is kept of each, without the ids."""
+    none = np.empty(0, np.uint32)
+    parts = [Encoded(np.empty(0, "<u2"), none, none, np.empty((0, 2), np.uint64))]
+    with path.open("wb") as file:
+        batches = batched(stories)
+        for part in encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc):
+            file.write(part.ids.data)
+            parts.append(part._replace(ids=parts[0].ids))  # a slice would keep all of them
+            bar.update(len(part.tokens))
+    return Encoded(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) -> dict:
+    """Writes the two files in `scratch` from what was encoded there; returns what meta.json says
+    of them and of the duplicates. Raises InputError where a split would be empty."""
+    source, keep = dict.fromkeys(SPLITS, "train"), {}
+    for split, encoded in read.items():
+        source[split], keep[split] = split, np.ones(len(encoded.tokens), bool)
+        if not len(encoded.tokens):
+            raise InputError(
+                f"{arguments.dataset} has no stories for the {split} split: "
+                "check --dataset and --text_column"
+            )
+    if "validation" not in read:
+        number, fraction = len(keep["train"]), arguments.validation_fraction
+        keep["validation"] = hold_out(number, fraction, arguments.seed, arguments.dataset)
+        keep["train"] = ~keep["validation"]
+    hashes = {split: read[source[split]].hashes[keep[split]] for split in SPLITS}
+    first, repeated, in_train = find_duplicates(hashes["train"], hashes["validation"])
+    if arguments.deduplicate:
+        keep["train"][keep["train"]] = first
+        if not first.any():
+            raise InputError(
+                f"every train story of {arguments.dataset} is in the validation split, too: "
+                "leave out --deduplicate"
+            )
+    counts = {}
+    for split in SPLITS:
+        writer = SplitWriter(scratch / f"{split}.bin")
+        with (scratch / f"{source[split]}.ids").open("rb") as file:
+            copy_stories(file, read[source[split]], keep[split], writer)
+        counts[split] = writer.close()
+    return {
+        "splits": counts,
+        "duplicates": {"in train": repeated, "validation in train": in_train},
+        "deduplicated": arguments.deduplicate,
+    }
 
 
 def prepare(arguments: Arguments) -> dict:
@@ -140,60 +315,63 @@ def prepare(arguments: Arguments) -> dict:
             f"validation_fraction {arguments.validation_fraction} is not between 0 and 1: "
             "pass --validation_fraction 0.01"
         )
-    if arguments.num_proc < 1:
-        raise InputError(f"num_proc {arguments.num_proc} is below 1: pass --num_proc 1")
+    for name in ("num_proc", "max_stories"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is below 1: pass --{name} 1")
     start = time.perf_counter()
+    data_dir, skipped, read = arguments.data_dir, Counter(), {}
     with ExitStack() as stack:
         pool = stack.enter_context(start_workers(arguments.num_proc, arguments.vocab_size))
-        tokenizer = load_tokenizer(arguments.vocab_size)
-        sources, num_stories = open_stories(
-            arguments.dataset, arguments.text_column, arguments.seed
+        source = open_stories(
+            arguments.dataset,
+            arguments.text_column,
+            arguments.subset,
+            arguments.revision,
+            arguments.max_stories,
+            arguments.seed,
         )
-        batches = split_batches(sources, arguments.validation_fraction, arguments.seed)
-        encoded = encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc)
-
-        seen, skipped = np.zeros(arguments.vocab_size, bool), 0
-        data_dir = arguments.data_dir
         data_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in data_dir.glob(".prepare-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         scratch = tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir)
         scratch = Path(stack.enter_context(scratch))
-        writers = {split: SplitWriter(scratch / f"{split}.bin") for split in SPLITS}
-        for writer in writers.values():
-            stack.enter_context(writer.file)
-        bar = stack.enter_context(progress_bar(total=num_stories, unit=" stories", desc="encoding"))
-        for split, count, (ids, kept, num_bytes) in encoded:
-            writers[split].write(ids, kept, num_bytes)
-            skipped += count - kept
-            seen[ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
-            bar.update(count)
-        for split, writer in writers.items():
-            if not writer.counts["stories"]:
-                raise InputError(
-                    f"{arguments.dataset} has no stories for the {split} split: "
-                    "check --dataset and --text_column"
-                )
-        counts = {split: writer.close() for split, writer in writers.items()}
+        total = arguments.max_stories or source.total
+        with progress_bar(total=total, unit=" stories", desc="encoding") as bar:
+            for split, stories in source.splits.items():
+                stories = kept_stories(stories, arguments.max_stories, skipped)
+                read[split] = encode_split(stories, pool, scratch / f"{split}.ids", arguments, bar)
         meta = {
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.n_vocab,
-            "end_of_text": tokenizer.eot_token,
+            **pool.submit(describe_tokenizer, arguments.vocab_size).result(),
             "dataset": arguments.dataset,
-            "splits": counts,
+            "subset": arguments.subset,
+            "revision": source.revision,
+            **write_splits(scratch, read, arguments),
         }
         install(scratch, data_dir, meta)
+    summarize(meta, source, skipped["empty"], time.perf_counter() - start, arguments)
+    return meta
 
-    seconds = time.perf_counter() - start
+
+def summarize(meta: dict, source: Stories, empty: int, seconds: float, arguments) -> None:
+    """Prints what was read, what was not, and what the files hold."""
+    counts = meta["splits"]
     total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
     for split in SPLITS:
         c = counts[split]
         print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
+    repeated, in_train = meta["duplicates"].values()
     print(
-        f"{total['bytes'] / (total['tokens'] or 1):.2f} bytes a token, {seen.sum():,} distinct ids "
-        f"of {arguments.vocab_size:,}, {skipped:,} empty stories skipped\n"
-        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with {arguments.num_proc} "
-        f"processes; written to {data_dir}"
+        f"{total['bytes'] / total['tokens']:.2f} bytes a token; {empty:,} empty stories skipped\n"
+        f"duplicates: {repeated:,} train stories repeat another, {in_train:,} validation stories "
+        "are in train, too" + ("; dropped from train" if meta["deduplicated"] else "")
     )
-    return meta
+    if source.left_out:
+        print(f"not read: {describe(source.left_out)}")
+    print(
+        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with {arguments.num_proc} "
+        f"processes; written to {arguments.data_dir}"
+    )
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ from storygpt.token_files import (
     load_meta,
     load_tokens,
     mixed_seed,
-    story_starts,
     training_batch,
+    windows_per_epoch,
 )
 
 
@@ -89,8 +89,9 @@ class Setting:
     dtype: torch.dtype
     train_tokens: np.ndarray
     val_tokens: np.ndarray
-    stories: np.ndarray
+    story_ends: np.ndarray | None
     tokens_per_step: int
+    steps_per_epoch: float
     remembered: dict  # by StoryGPT_latest.pt: data, dtype, run_id
 
 
@@ -150,7 +151,9 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
         for split in ("train", "validation")
     )
 
-    stories = story_starts(train_tokens, meta["end_of_text"]) if config.story_windows else None
+    story_ends = None
+    if config.story_windows:
+        story_ends = np.flatnonzero(train_tokens == meta["end_of_text"])
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
@@ -169,7 +172,10 @@ def set_up(arguments: Arguments, resumed: dict | None) -> tuple[Setting, TrainSt
         state.load(resumed, arguments.checkpoint_dir / LATEST)
         if resumed["dtype"] != remembered["dtype"]:
             print(f"this run was in {resumed['dtype']} and goes on in {remembered['dtype']}")
-    tokens = (train_tokens, val_tokens, stories, config.tokens_per_step(gpt.context_length))
+    windows = config.batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = windows_per_epoch(len(train_tokens), gpt.context_length) / windows
+    numbers = (config.tokens_per_step(gpt.context_length), steps_per_epoch)
+    tokens = (train_tokens, val_tokens, story_ends, *numbers)
     return Setting(arguments, processes, device, dtype, *tokens, remembered), state
 
 
@@ -254,8 +260,9 @@ def train_step(
             config.seed,
             state.step,
             positions,
+            config.batch_size * config.gradient_accumulation_steps,
             gpt.context_length,
-            setting.stories,
+            setting.story_ends,
             config.story_windows,
         )
         setting.processes.synchronize_gradients(model, micro_batch == own[-1])
@@ -271,6 +278,7 @@ def train_step(
     entry = {
         "step": state.step,
         "tokens": state.step * setting.tokens_per_step,
+        "epoch": round(state.step / setting.steps_per_epoch, 4),
         "train_loss": means[0],
         "learning_rate": learning_rate,
         "grad_norm": None if skipped else means[1],
@@ -318,7 +326,7 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     metrics = folder.open(state.step)
     save(setting, state, folder, [LATEST])
     folder.wait()
-    epochs = config.max_steps * setting.tokens_per_step / number
+    epochs = config.max_steps / setting.steps_per_epoch
     print(
         f"{state.model.num_parameters():,} parameters on {setting.processes.world_size} × "
         f"{setting.device.type}, {dtype_name(setting.dtype)}; {number:,} train tokens, "

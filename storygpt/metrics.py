@@ -192,6 +192,7 @@ class Log:
     def _show(self, entry: dict) -> None:
         speed, step = entry["tokens_per_second"], entry["step"]
         shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+        shown["epoch"] = f"{entry['epoch']:.2f}"
         if self.peak:
             shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
         self.bar.set_postfix(shown, refresh=False)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,16 @@ class SplitWriter:
         self.file, self.digest = path.open("wb"), hashlib.sha256()
         self.counts = {"stories": 0, "tokens": 0, "bytes": 0}
 
-    def write(self, ids: np.ndarray, stories: int, num_bytes: int) -> None:
-        """Appends the (tokens,) uint16 `ids` of `stories`, whose text has `num_bytes` of UTF-8."""
+    def write(self, ids: np.ndarray) -> None:
+        """Appends (tokens,) uint16 `ids`."""
         self.file.write(ids.data)
         self.digest.update(ids.data)
-        for name, more in (("stories", stories), ("tokens", len(ids)), ("bytes", num_bytes)):
-            self.counts[name] += int(more)
+        self.counts["tokens"] += len(ids)
+
+    def count(self, stories: int, num_bytes: int) -> None:
+        """Says that what was written are `stories`, whose text has `num_bytes` of UTF-8."""
+        self.counts["stories"] += int(stories)
+        self.counts["bytes"] += int(num_bytes)
 
     def close(self) -> dict:
         """Puts the file on disk; returns the split's entry in meta.json."""
@@ -147,13 +152,57 @@ def windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> tuple[np.nda
     return x, y
 
 
-def story_starts(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
-    """Where stories start: at their first token, and at the end-of-text before it.
+def epoch_layout(num_tokens: int, context_length: int) -> tuple[int, range]:
+    """How many windows an epoch has, and the offsets at which the first of them may start.
 
-    Prompts come with and without one.
+    At every offset the windows, end to end, leave less than one window at either end of the tokens.
+    All epochs are equally long, so that a window's epoch is one division: offsets either fit all
+    windows or all but one, and the kind with more offsets to choose from is taken.
     """
-    ends = np.flatnonzero(tokens == end_of_text)
-    return np.concatenate(([0], ends, ends + 1))
+    num_windows, spare = divmod(num_tokens - 1, context_length)
+    if num_windows == 1 or 2 * (spare + 1) >= context_length:
+        return num_windows, range(spare + 1)
+    return num_windows - 1, range(spare + 1, context_length)
+
+
+def windows_per_epoch(num_tokens: int, context_length: int) -> int:
+    """How many windows an epoch has."""
+    return epoch_layout(num_tokens, context_length)[0]
+
+
+@lru_cache(maxsize=2)  # a batch may cross from one epoch into the next
+def epoch_order(
+    num_windows: int, num_offsets: int, seed: int, epoch: int
+) -> tuple[int, np.ndarray]:
+    """Which offset an epoch takes, and the order of its windows: (num_windows,) uint32."""
+    offsets = np.random.default_rng(seed).permutation(num_offsets)  # no two in a row are the same
+    order = np.arange(num_windows, dtype=np.uint32)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return int(offsets[epoch % num_offsets]), order
+
+
+def training_starts(
+    num_tokens: int,
+    seed: int,
+    step: int,
+    positions: range,
+    windows_per_step: int,
+    context_length: int,
+) -> np.ndarray:
+    """Where the windows at `positions` of a step's global batch start: (len(positions),) int64.
+
+    Steps count from 1 and go through the windows of an epoch in a seeded order, each once; the
+    next epoch has another order and another offset.
+    """
+    num_windows, offsets = epoch_layout(num_tokens, context_length)
+    drawn = (step - 1) * windows_per_step + np.arange(positions.start, positions.stop)
+    epochs, places = np.divmod(drawn, num_windows)
+    starts = np.empty(len(drawn), np.int64)
+    for epoch in np.unique(epochs):
+        offset, order = epoch_order(num_windows, len(offsets), seed, int(epoch))
+        inside = epochs == epoch
+        starts[inside] = offsets[offset] + order[places[inside]].astype(np.int64) * context_length
+    return starts
 
 
 def training_batch(
@@ -161,22 +210,25 @@ def training_batch(
     seed: int,
     step: int,
     positions: range,
+    windows_per_step: int,
     context_length: int,
-    stories: np.ndarray | None = None,
+    story_ends: np.ndarray | None = None,
     story_windows: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The windows at `positions` of the global batch of `step`: (len(positions), context_length).
+    """The windows at `positions` of the global batch of `step`, by training_starts: inputs and
+    targets, (len(positions), context_length) int64.
 
-    A share `story_windows` of them starts at one of `stories`, the others anywhere. A pure
-    function: resuming needs no sampler state, and N processes that each ask for their own
-    positions draw together what one process would.
+    A share `story_windows` of them is moved back to where the story that they start in starts, by
+    `story_ends`, the places of the end-of-text ids: to that id or behind it, because prompts come
+    with and without one. A pure function: resuming needs no sampler state, and N processes that
+    each ask for their own positions draw together what one process would.
     """
-    draws = np.random.default_rng([seed, step]).random((positions.stop, 2))[positions.start :]
-    last = len(tokens) - context_length - 1
-    starts = (draws[:, 0] * (last + 1)).astype(int)
+    starts = training_starts(len(tokens), seed, step, positions, windows_per_step, context_length)
     if story_windows:
-        of_stories = stories[(draws[:, 0] * len(stories)).astype(int)]
-        starts = np.where(draws[:, 1] < story_windows, np.minimum(of_stories, last), starts)
+        draws = np.random.default_rng([seed, step]).random(positions.stop)[positions.start :]
+        ends = np.concatenate(([-1], story_ends))[np.searchsorted(story_ends, starts, "right")]
+        moved = np.clip(ends + (draws < story_windows / 2), 0, starts)
+        starts = np.where(draws < story_windows, moved, starts)
     return windows(tokens, starts, context_length)
 
 

@@ -114,7 +114,18 @@ def test_ten_steps_equal_a_loop_of_torch_alone(optimizer, tolerance, script, dat
     assert min(norms) < 1 < max(norms)  # both sides of clipping
 
 
-def window_starts(num_tokens: int, step: int, size: int, length: int) -> np.ndarray:
-    """Where the windows of a step's batch start: anywhere, with replacement."""
-    draws = np.random.default_rng([RECIPE["seed"], step]).random((size, 2))[:, 0]
-    return (draws * (num_tokens - length)).astype(int)
+def window_starts(num_tokens: int, step: int, size: int, length: int) -> list[int]:
+    """Where the windows of a step's batch start: all epochs laid out in full."""
+    spare = (num_tokens - 1) % length
+    few, many = range(spare + 1), range(spare + 1, length)
+    offsets = few if len(few) >= len(many) else many
+    shuffled = np.random.default_rng(RECIPE["seed"]).permutation(len(offsets))
+    starts, epoch = [], 0
+    while len(starts) < step * size:
+        first = offsets[shuffled[epoch % len(offsets)]]
+        of_epoch = np.arange(first, num_tokens - length, length)
+        order = np.arange(len(of_epoch), dtype=np.uint32)
+        np.random.default_rng([RECIPE["seed"], epoch]).shuffle(order)
+        starts += of_epoch[order].tolist()
+        epoch += 1
+    return starts[(step - 1) * size : step * size]

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,7 +15,17 @@ import pytest
 from conftest import ROOT
 from hub_server import Fault, Hub, Repo
 
-from prepare_data import encode_in_parallel, encode_stories, split_batches, start_workers
+from config import InputError
+from prepare_data import (
+    LONG_WHITE_SPACE,
+    batched,
+    encode_in_parallel,
+    encode_stories,
+    encode_text,
+    find_duplicates,
+    hold_out,
+    start_workers,
+)
 from storygpt.tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
@@ -52,21 +63,46 @@ def write(folder, kind: str, stories: list[str]):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 def test_every_file_type_holds_out_a_share_and_loses_nothing(kind, script, tmp_path):
-    path = write(tmp_path, kind, STORIES)
+    stories = [s for s in STORIES if kind != "txt" or "<|endoftext|>" not in s]
+    path = write(tmp_path, kind, stories)
     flags = ("--dataset", path, "--data_dir", tmp_path / "out", "--validation_fraction", 0.1)
     result = script("prepare_data.py", *flags, "--num_proc", 2)
     assert result.code == 0, result.output
     train, validation = read(tmp_path / "out", "train"), read(tmp_path / "out", "validation")
     held_out = stories_of(validation)
-    expected = [s for s in STORIES if s not in held_out]
-    assert len(held_out) == 30 and "<|endoftext|>" not in "".join(held_out[:1])
-    assert train == naive(expected)
-    assert sorted(expected + held_out) == sorted(STORIES)
+    assert len(held_out) == 30 and held_out == [s for s in stories if s in held_out]
+    assert validation == naive(held_out)
+    assert train == naive([s for s in stories if s not in held_out])
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["splits"]["train"]["tokens"] == len(train)
-    assert meta["splits"]["train"]["stories"] == 270
+    assert meta["splits"]["train"]["stories"] == len(stories) - 30
     assert meta["splits"]["validation"]["bytes"] == sum(len(s.encode()) for s in held_out)
     assert (meta["vocab_size"], meta["end_of_text"]) == (50257, 50256)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("stories", [["A.", "B."], ["", "A.", "  ", None, "B.", "", "C."]])
+def test_empty_stories_are_never_the_ones_held_out(stories, seed, script, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    flags = ("--dataset", path, "--data_dir", tmp_path / "out", "--seed", seed, "--num_proc", 1)
+    result = script("prepare_data.py", *flags)
+    assert result.code == 0, result.output
+    train, validation = (stories_of(read(tmp_path / "out", s)) for s in ("train", "validation"))
+    assert (
+        len(validation) == 1 and sorted(train + validation) == ["A.", "B.", "C."][: len(train) + 1]
+    )
+    assert f"{len(stories) - len(train) - 1} empty stories skipped" in result.output
+
+
+@pytest.mark.parametrize(("number", "fraction", "held_out"), [
+    (2, 0.01, 1), (3, 0.9, 2), (1000, 0.01, 10), (150, 0.01, 2), (10, 0.5, 5),
+])  # fmt: skip
+def test_the_share_held_out_is_exact(number, fraction, held_out):
+    drawn = [hold_out(number, fraction, seed, "x") for seed in range(5)]
+    assert [d.sum() for d in drawn] == [held_out] * 5
+    assert number == 2 or len({d.tobytes() for d in drawn}) > 1
+    assert (hold_out(number, fraction, 3, "x") == drawn[3]).all()
 
 
 def test_splits_are_taken_as_found_and_empty_stories_counted(script, tmp_path):
@@ -119,61 +155,239 @@ def test_the_default_data_set_comes_from_the_hub(script, fails, tmp_path):
     assert read(tmp_path / "again", "train") == naive(STORIES[:200])
 
 
-def test_a_folder_of_text_files_has_tinystories_layout(script, tmp_path):
-    folder = tmp_path / "txt"
-    folder.mkdir()
-    (folder / "TinyStories-train.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
-    (folder / "TinyStories-valid.txt").write_text("Three.\n<|endoftext|>\n")
-    result = script("prepare_data.py", "--dataset", folder, "--data_dir", tmp_path / "out")
+def shard(tag: str, number: int = 500) -> bytes:
+    rng = random.Random(tag)  # that packs badly, so that a shard is longer than one request
+    table = pa.table({"text": [f"{tag} {i}: {rng.randbytes(60).hex()}" for i in range(number)]})
+    pq.write_table(table, file := io.BytesIO())
+    return file.getvalue()
+
+
+def test_subsets_revisions_and_parts_of_a_data_set_on_the_hub(script, fails, tmp_path):
+    head = """configs:
+- config_name: en
+  default: true
+  data_files: en/train-*
+- config_name: fr
+  data_files:
+  - split: train
+    path: fr/train-*
+  - split: test
+    path: fr/test-*
+"""
+    files = {f"en/train-{i:05}-of-00008.parquet": shard(f"en{i}") for i in range(8)}
+    files |= {
+        "fr/train-00000-of-00001.parquet": shard("fr", 20),
+        "README.md": f"---\n{head}---\n".encode(),
+    }
+    files |= {"fr/test-00000-of-00001.parquet": shard("test", 10)}
+    with Hub() as hub:
+        repo = hub.add("datasets/you/stories", files)
+        first = repo.sha()
+        repo.commits.append(files | {"en/train-00000-of-00008.parquet": shard("new")})
+
+        def prepared(out: str, *flags, **environment) -> tuple[dict, list[str], set[str]]:
+            """meta.json, the train stories, and the files that were fetched in part or whole."""
+            hub.requests.clear()
+            flags = ("--dataset", "you/stories", "--data_dir", tmp_path / out, *flags)
+            environment = hub.environment(tmp_path / out) | environment
+            result = script("prepare_data.py", *flags, "--num_proc", 1, **environment)
+            assert result.code == 0, result.output
+            meta = json.loads((tmp_path / out / "meta.json").read_text())
+            got = {r.rpartition("/")[2] for r in hub.requests if "GET" in r and ".parquet" in r}
+            return meta, stories_of(read(tmp_path / out, "train")), got
+
+        meta, train, fetched = prepared("part", "--max_stories", 100)
+        assert fetched == {"train-00000-of-00008.parquet"}
+        assert len(train) == 99 and train[0].startswith("new")
+        assert (meta["revision"], meta["subset"]) == (repo.sha(), None)
+
+        meta, train, fetched = prepared("old", "--max_stories", 300, "--revision", first)
+        assert fetched == {"train-00000-of-00008.parquet"}
+        assert len(train) == 297 and train[0].startswith("en0") and meta["revision"] == first
+
+        meta, train, fetched = prepared("fr", "--subset", "fr")
+        assert fetched == {"train-00000-of-00001.parquet", "test-00000-of-00001.parquet"}
+        assert len(train) == 20 and meta["splits"]["validation"]["stories"] == 10
+        assert (meta["revision"], meta["subset"]) == (repo.sha(), "fr")
+
+        flags = ("--dataset", "you/stories", "--data_dir", tmp_path / "fr")
+        before = {p.name: p.read_bytes() for p in (tmp_path / "fr").glob("*.*")}
+        environment = hub.environment(tmp_path / "fr")
+        fails(
+            "prepare_data.py",
+            *flags,
+            "--subset",
+            "it",
+            says="Available: ['en', 'fr']",
+            **environment,
+        )
+        fails(
+            "prepare_data.py",
+            *flags,
+            "--revision",
+            "gone",
+            says="no revision 'gone'",
+            **environment,
+        )
+        hub.faults = [Fault("GET .*train-00005", 404, times=99)]  # one of its shards is gone
+        fails("prepare_data.py", *flags, says="cannot load you/stories", **environment)
+        assert {p.name: p.read_bytes() for p in (tmp_path / "fr").glob("*.*")} == before
+
+    # Without a network, what was downloaded of that commit, and of no other.
+    flags = ("--dataset", "you/stories", "--subset", "fr", "--data_dir", tmp_path / "again")
+    assert script("prepare_data.py", *flags, **environment).code == 0
+    assert json.loads((tmp_path / "again" / "meta.json").read_text())["revision"] == repo.sha()
+    fails("prepare_data.py", *flags, "--revision", first, says="cannot be reached", **environment)
+
+
+def test_duplicates_are_counted_and_dropped_where_asked(script, fails, tmp_path):
+    train, validation = ["A.", "B.", "A.", "C.", "B.", "A. "], ["B.", "D.", "B."]
+    for split, stories in (("train", train), ("dev", validation)):
+        rows = "".join(json.dumps({"text": story}) + "\n" for story in stories)
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    flags = ("--dataset", tmp_path, "--data_dir", tmp_path / "out", "--num_proc", 1)
+    for more, left in (((), train), (("--deduplicate",), ["A.", "C.", "A. "])):
+        result = script("prepare_data.py", *flags, *more)
+        assert result.code == 0, result.output
+        assert stories_of(read(tmp_path / "out", "train")) == left
+        assert stories_of(read(tmp_path / "out", "validation")) == validation
+        meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+        assert meta["duplicates"] == {"in train": 2, "validation in train": 2}
+        assert meta["splits"]["train"]["stories"] == len(left)
+        assert meta["splits"]["train"]["bytes"] == sum(map(len, left))
+        assert "2 train stories repeat another, 2 validation stories are in train" in result.output
+    (tmp_path / "train.jsonl").write_text('{"text": "D."}\n')
+    fails("prepare_data.py", *flags, "--deduplicate", says="leave out --deduplicate")
+
+
+def test_duplicates_agree_with_sets_of_the_stories_themselves():
+    rng = random.Random(0)
+    for sizes in ((0, 5), (5, 0), (40, 7), (300, 300)):
+        train, validation = (
+            [str(rng.randrange(1 + sum(sizes) // 2)) for _ in range(n)] for n in sizes
+        )
+        keep, repeated, in_train = find_duplicates(
+            *(encode_stories(stories, 300).hashes for stories in (train, validation))
+        )
+        firsts = [s not in train[:i] and s not in validation for i, s in enumerate(train)]
+        assert keep.tolist() == firsts
+        assert repeated == len(train) - len(set(train))
+        assert in_train == sum(story in set(train) for story in validation)
+
+
+def test_what_was_not_read_is_said_in_one_line(script, tmp_path):
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"text": "A."}\n')
+    for name in ("LICENSE.txt", "old.txt", "x.zip"):
+        (tmp_path / name).write_text("B.")
+    result = script("prepare_data.py", "--dataset", tmp_path, "--data_dir", tmp_path / "out")
     assert result.code == 0, result.output
-    assert read(tmp_path / "out", "train") == naive(["One.", "Two."])
-    assert read(tmp_path / "out", "validation") == naive(["Three."])
+    (line,) = [line for line in result.output.splitlines() if line.startswith("not read: ")]
+    for name in ("test.jsonl", "LICENSE.txt", "old.txt", "x.zip"):
+        assert name in line
 
 
 def test_output_does_not_depend_on_the_number_of_processes(script, tmp_path):
     files = []
     for num_proc in (1, 3):
         out = tmp_path / str(num_proc)
-        flags = ("--dataset", "sample", "--vocab_size", 512, "--num_proc", num_proc)
+        flags = ("--dataset", "builtin", "--vocab_size", 512, "--num_proc", num_proc)
         assert script("prepare_data.py", *flags, "--data_dir", out).code == 0
         files.append([(out / n).read_bytes() for n in ("train.bin", "validation.bin", "meta.json")])
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("splits", [["train"], ["train", "validation"]])
-def test_stories_are_read_only_a_little_ahead_of_those_written(splits):
+def test_stories_are_read_only_a_little_ahead_of_those_written():
     read = 0
 
-    def batches():
+    def stories(number: int, size: int):
         nonlocal read
-        for _ in range(30):
-            read += 1000
-            yield ["A."] * 1000
+        for _ in range(number):
+            read += size
+            yield "A." * (size // 2)
 
-    written, ahead = 0, []
     with start_workers(1, 300) as pool:
-        stories = split_batches({split: batches() for split in splits}, 0.01, seed=0)
-        for _, count, (ids, kept, _) in encode_in_parallel(stories, pool, 300, num_proc=1):
-            assert count == kept == len(ids) / 3
-            ahead.append(read - written)
-            written += count
-    assert written == read == 30_000 * len(splits)
-    assert max(ahead) <= 5_000
+        for number, size, most in ((30_000, 2, 10_000), (300, 2**17, 5 * 2**20)):
+            read, written, ahead = 0, 0, []
+            for part in encode_in_parallel(batched(stories(number, size)), pool, 300, num_proc=1):
+                ahead.append(read - written)
+                written += int(part.bytes.sum())
+                assert len(part.tokens) == len(part.hashes) == (part.ids == 299).sum()
+            assert written == read == number * size
+            assert max(ahead) <= most
 
 
 @pytest.mark.parametrize("spelled", ["", "<|endoftext|>", "a <|endoftext|>b", "<|endoftext|"])
 def test_stories_that_spell_end_of_text_are_encoded_as_text(spelled):
     stories = ["One.", spelled, "|>", "endoftext|> two", None, "three <"]
     kept = [story for story in stories if story]
-    ids, count, num_bytes = encode_stories(stories, 50257)
-    assert ids.tolist() == naive(kept) and ids.dtype == "<u2"
-    assert (count, num_bytes) == (len(kept), sum(len(story.encode()) for story in kept))
+    encoded = encode_stories(kept, 50257)
+    assert encoded.ids.tolist() == naive(kept) and encoded.ids.dtype == "<u2"
+    assert encoded.tokens.tolist() == [len(naive([story])) for story in kept]
+    assert encoded.bytes.tolist() == [len(story.encode()) for story in kept]
+    assert len({tuple(pair) for pair in encoded.hashes.tolist()}) == len(set(kept))
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character():
-    ids, count, num_bytes = encode_stories(["a \ud800 b"], 50257)
-    assert load_tokenizer().decode(ids[:-1].tolist()) == "a \ufffd b"
-    assert (count, num_bytes) == (1, len("a \ufffd b".encode()))
+    encoded = encode_stories(["a \ud800 b", "\ud83d\ude00"], 50257)
+    assert stories_of(encoded.ids.tolist()) == ["a \ufffd b", "😀"]
+    assert encoded.bytes.tolist() == [len("a \ufffd b".encode()), 4]
+
+
+WHITE = " \t\n\v\f\r\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000"
+
+
+@pytest.mark.parametrize("before", ["", "a", "a\x1c", "!"])
+@pytest.mark.parametrize("after", ["", "b", "\x1d", " ", "'s", "\n", "7"])
+def test_white_space_is_cut_where_the_pattern_cuts_it(before, after):
+    tokenizer, rng = load_tokenizer(), random.Random(0)
+    for length in (999, 1000, 1001, 5000):
+        text = before + "".join(rng.choices(WHITE, k=length)) + after + " end. " + " " * length
+        pieces = [text[m.start() : m.end()] for m in LONG_WHITE_SPACE.finditer(text)]
+        assert len(pieces) == 1 + (length >= 1000) or length < 1001
+        refuses = Refusing(tokenizer, len(text))
+        assert encode_text(text, refuses).tolist() == tokenizer.encode_ordinary(text)
+
+
+class Refusing:
+    """A tokenizer that gives up on text of one length, as tiktoken does at a million spaces."""
+
+    def __init__(self, tokenizer, length: int):
+        self.tokenizer, self.length = tokenizer, length
+
+    def encode_to_numpy(self, text: str, **keywords) -> np.ndarray:
+        if len(text) == self.length:
+            raise ValueError("Max stack size exceeded for backtracking")
+        return self.tokenizer.encode_to_numpy(text, **keywords)
+
+
+def test_a_million_spaces_are_encoded_rightly():
+    space = " " * 10**6
+    stories = ["Tom", f"Once{space}upon\n", "a time", f"{space}x{space}"]
+    encoded = encode_stories(stories, 50257)
+    assert encoded.tokens.sum() == len(encoded.ids) and len(encoded.tokens) == 4
+    assert stories_of(encoded.ids.tolist()) == stories
+    piece = load_tokenizer().encode_ordinary(space[1:])  # all but the space that belongs to "upon"
+    words = [load_tokenizer().encode_ordinary(word) for word in ("Once", " upon\n")]
+    start = len(naive(stories[:1]))
+    assert encoded.ids[start : start + encoded.tokens[1]].tolist() == [
+        *words[0],
+        *piece,
+        *words[1],
+        50256,
+    ]
+
+
+def test_what_cannot_be_encoded_is_one_sentence():
+    with pytest.raises(
+        InputError, match="the story that begins 'Once upon' cannot be encoded: Max"
+    ):
+        encode_text("Once upon", Refusing(load_tokenizer(), len("Once upon")))
+    with (
+        start_workers(1, 300) as pool,
+        pytest.raises(InputError, match="a worker failed to encode"),
+    ):
+        list(encode_in_parallel([[None]], pool, 300, 1))
 
 
 def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
@@ -184,6 +398,7 @@ def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
         (out / name).write_bytes(content)
     table = write(tmp_path, "parquet", STORIES)
     (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n\n")
+    (tmp_path / "one.txt").write_text("One story.\n\nWith two paragraphs.\n")
     (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
@@ -192,33 +407,45 @@ def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
     for flags, says, environment in (
         (["--dataset", table, "--text_column", "body"], "has no column 'body'", {}),
         (["--dataset", tmp_path / "empty.txt"], "has no stories for the train split", {}),
+        (["--dataset", tmp_path / "one.txt"], "one story alone", {}),
+        (["--dataset", table, "--max_stories", 1], "one story alone", {}),
+        (["--dataset", table, "--max_stories", 0], "max_stories 0 is below 1", {}),
+        (["--dataset", table, "--validation_fraction", "nan"], "not between 0 and 1", {}),
+        (["--dataset", table, "--subset", "en"], "leave out --subset", {}),
         (["--dataset", tmp_path / "latin.txt"], "is not UTF-8", {}),
-        (["--dataset", tmp_path / "broken.jsonl"], "cannot", {}),
+        (["--dataset", tmp_path / "broken.jsonl"], "row 2 is not JSON", {}),
         (["--dataset", tmp_path / "broken.parquet"], "cannot", {}),
         (["--dataset", tmp_path / "notes.doc"], "is of no kind this script reads", {}),
         (["--dataset", tmp_path / "missing.txt"], "there is no file or folder", {}),
         (["--dataset", "no such name"], "neither a file, a folder nor", closed),
         ([], "--dataset builtin", closed),
         (["--vocab_size", 70_000], "pass --vocab_size with 257 to 50257", {}),
-        (["--dataset", "sample", "--validation_fraction", 1], "not between 0 and 1", {}),
-        (["--dataset", "sample", "--num_proc", 0], "num_proc 0 is below 1", {}),
+        (["--dataset", "builtin", "--validation_fraction", 1], "not between 0 and 1", {}),
+        (["--dataset", "builtin", "--num_proc", 0], "num_proc 0 is below 1", {}),
     ):
         fails("prepare_data.py", *flags, "--data_dir", out, says=says, **environment)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == old, flags
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_run_leaves_the_old_files(number, script, tmp_path):
     stories, tmp_path = tmp_path / "stories.txt", tmp_path / "data"
     tmp_path.mkdir()
     (tmp_path / "meta.json").write_text("old")
     stories.write_text(("Tom had a red kite. " * 50 + "\n<|endoftext|>\n") * 100_000)  # for seconds
     process = script.start("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path)
-    while not list(tmp_path.glob(".prepare-*/train.bin")):
+    while not list(tmp_path.glob(".prepare-*/train.ids")):
         assert process.is_alive()
         time.sleep(0.001)
     os.kill(process.pid, number)
     process.join(30)
+    if number == signal.SIGKILL:  # what it left is swept up by the next run
+        assert (tmp_path / "meta.json").read_text() == "old"
+        stories.write_text("A.<|endoftext|>B.")
+        assert script("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path).code == 0
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"meta.json", "train.bin", "validation.bin"}
+        return
     assert process.exitcode == 128 + number
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("meta.json", "old")]
     assert "Traceback" not in process.output.read_text()

@@ -6,9 +6,10 @@ import pytest
 
 from config import InputError
 from storygpt.token_files import (
+    epoch_layout,
+    epoch_order,
     load_meta,
     load_tokens,
-    story_starts,
     training_batch,
     validation_starts,
     windows,
@@ -24,32 +25,66 @@ def test_targets_are_the_next_tokens():
     assert np.array_equal(y, x + 1)
 
 
-def test_batch_is_a_function_of_seed_step_and_position():
-    whole, _ = training_batch(TOKENS, 7, 3, range(12), 16)
-    parts = [training_batch(TOKENS, 7, 3, range(i, i + 4), 16)[0] for i in (8, 0, 4)]
-    assert np.array_equal(whole, np.concatenate([parts[1], parts[2], parts[0]]))
-    assert not np.array_equal(whole, training_batch(TOKENS, 7, 4, range(12), 16)[0])
-    assert not np.array_equal(whole, training_batch(TOKENS, 8, 3, range(12), 16)[0])
+def targets_of_an_epoch(num_tokens: int, length: int, epoch: int) -> np.ndarray:
+    """How often each position is a target in all windows of one epoch, drawn as one step."""
+    num_windows, _ = epoch_layout(num_tokens, length)
+    tokens = np.arange(num_tokens, dtype="<u2")
+    _, y = training_batch(tokens, 3, epoch + 1, range(num_windows), num_windows, length)
+    return np.bincount(y.flatten(), minlength=num_tokens)
 
 
-def test_every_offset_is_drawn_about_equally_often():
-    tokens = np.arange(20, dtype="<u2")
-    x, y = training_batch(tokens, 0, 0, range(16_000), 4)
-    counts = np.bincount(x[:, 0], minlength=16)
-    assert len(counts) == 16 and y.max() == 19  # the last window ends at the last token
-    assert abs(counts - 1000).max() < 150  # nearly 5 standard deviations
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 64])
+def test_each_token_is_a_target_once_an_epoch_but_for_less_than_a_window_at_either_end(length):
+    for num_tokens in (
+        length + 1,
+        2 * length,
+        2 * length + 1,
+        5 * length,
+        *range(300, 300 + length),
+    ):
+        firsts = []
+        for epoch in range(3):
+            counts = targets_of_an_epoch(num_tokens, length, epoch)
+            seen = np.flatnonzero(counts)
+            assert (counts[seen[0] : seen[-1] + 1] == 1).all()
+            assert seen[0] - 1 < length  # the first token of all can be no target
+            assert num_tokens - 1 - seen[-1] < length
+            firsts.append(seen[0])
+        if num_tokens > 2 * length and length > 2:
+            assert firsts[0] != firsts[1] != firsts[2]  # another offset each time
 
 
-def test_a_share_of_the_windows_starts_where_stories_start():
-    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 0, 1, 0] * 100, dtype="<u2")  # 0 ends a story
-    stories = story_starts(tokens, 0)
-    assert sorted(stories)[:7] == [0, 2, 3, 4, 5, 7, 8] and len(stories) == 801
-    for share in (0.0, 0.25, 1.0):
-        x, y = training_batch(tokens, 0, 0, range(8000), 4, stories, share)
-        assert x.shape == y.shape == (8000, 4)
-        # Of ten places, eight are starts of stories and two, the 6 and the 9, are not.
-        inside = ((x[:, 0] == 6) | (x[:, 0] == 9)).mean()
-        assert abs(inside - 0.2 * (1 - share)) < 0.02
+def test_two_epochs_in_steps_that_cross_them():
+    tokens = np.arange(1000, dtype="<u2")
+    num_windows, _ = epoch_layout(1000, 16)
+    assert num_windows % 8 and 2 * num_windows % 8  # both epochs end within a step
+    steps = range(1, 2 * num_windows // 8 + 2)
+    rows = np.concatenate([training_batch(tokens, 3, s, range(8), 8, 16)[1] for s in steps])
+    counts = np.bincount(rows[: 2 * num_windows].flatten(), minlength=1000)
+    assert set(counts[17:-17]) == {2} and counts.max() == 2
+    assert len(np.unique(rows[:num_windows], axis=0)) == num_windows
+    first, second = rows[:num_windows, 0], rows[num_windows : 2 * num_windows, 0]
+    assert not np.array_equal(first // 16, second // 16)  # another order
+    assert not np.array_equal(np.sort(first), first)
+
+
+def test_any_number_of_processes_draws_the_batches_of_one():
+    for step in (1, 7, 8, 100):
+        whole = training_batch(TOKENS, 7, step, range(12), 12, 16)
+        for processes in (2, 4):
+            own = 12 // processes
+            parts = [
+                training_batch(TOKENS, 7, step, range(i, i + own), 12, 16)
+                for i in reversed(range(0, 12, own))
+            ]
+            for i in (0, 1):
+                assert np.array_equal(np.concatenate([part[i] for part in parts[::-1]]), whole[i])
+        assert not np.array_equal(whole[0], training_batch(TOKENS, 8, step, range(12), 12, 16)[0])
+
+
+def test_the_order_of_an_epoch_is_kept_in_four_bytes_a_window():
+    _, order = epoch_order(100_000, 64, seed=1, epoch=5)
+    assert order.nbytes == 400_000 and np.array_equal(np.sort(order), np.arange(100_000))
 
 
 def test_validation_windows_are_spread_and_do_not_overlap():

@@ -64,7 +64,7 @@ def test_reported_losses_are_those_of_a_plain_float64_loop(script, data_dir, tmp
     for line in metrics_of(tmp_path):
         step = line["step"]
         model.zero_grad()
-        x, y = map(torch.from_numpy, training_batch(tokens, config.seed, step, range(8), 64))
+        x, y = map(torch.from_numpy, training_batch(tokens, config.seed, step, range(8), 8, 64))
         loss = loss_of(x, y)
         loss.backward()
         norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
@@ -106,13 +106,6 @@ def test_plot_of_a_run_without_evaluations_is_left_out(tmp_path):
     draw_loss_plot([], tmp_path / "a.png")
     draw_loss_plot([{"step": 1, "tokens": 5, "train_loss": 3.0}], tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
-
-
-def test_story_windows_train(script, data_dir, tmp_path):
-    flags = ["--data_dir", data_dir, "--checkpoint_dir", tmp_path, "--story_windows", "0.5"]
-    result = script("train.py", *TINY, *flags)
-    assert result.code == 0, result.output
-    assert metrics_of(tmp_path)[-1]["val_loss"] < 6
 
 
 def test_mistakes_are_named_before_any_step(fails, data_dir, run_dir, tmp_path):
