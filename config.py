@@ -4,7 +4,7 @@ Standard library only: this file is published beside `model.py`, so that a check
 loaded with nothing else of this repo. Field docstrings are the command-line help.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -47,10 +47,10 @@ class TrainingConfig:
     """Steps in the whole run."""
     warmup_steps: int = 1_000
     """Steps of linear warm-up."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-    min_lr: float = 3e-5
-    """Learning rate at the end of the cosine."""
+    learning_rate: float | None = None
+    """Peak learning rate; None takes 3e-4 for adamw and 2 / n_embd for muon."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine; None takes a tenth of the peak."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for all weights, or muon for the blocks' matrices and adamw for the rest."""
     weight_decay: float = 0.1
@@ -84,9 +84,15 @@ class TrainingConfig:
         """Raises InputError where the numbers do not fit together."""
         check_training_config(self)
 
-    def tokens_per_step(self, context_length: int) -> int:
-        """Tokens that a step trains on, of all processes together."""
-        return self.batch_size * self.gradient_accumulation_steps * context_length
+    def with_learning_rates(self, n_embd: int) -> "TrainingConfig":
+        """The same recipe, its learning rates chosen where they are None.
+
+        Muon's was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
+        """
+        chosen = 3e-4 if self.optimizer == "adamw" else 2 / n_embd
+        peak = chosen if self.learning_rate is None else self.learning_rate
+        least = peak / 10 if self.min_lr is None else self.min_lr
+        return replace(self, learning_rate=peak, min_lr=least)
 
 
 # What each preset changes in the defaults above, for every flag that a command line leaves out.
@@ -116,6 +122,7 @@ PRESETS = {
             "dtype": "float32",
         },
     ),
+    "gpt2": ({"context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}, {}),
 }
 
 
@@ -185,6 +192,8 @@ def check_training_config(config: TrainingConfig) -> None:
         check_fraction(name, getattr(config, name))
     for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "save_minutes"):
         value = getattr(config, name)
+        if value is None and name in ("learning_rate", "min_lr"):
+            continue
         if type(value) not in (int, float) or not 0 <= value < float("inf"):
             raise InputError(f"{name} must be a number of at least 0, not {value!r}")
     if not 0 <= config.story_windows <= 1:
@@ -196,5 +205,5 @@ def check_training_config(config: TrainingConfig) -> None:
             f"warmup_steps {config.warmup_steps} leaves nothing of max_steps {config.max_steps}: "
             f"pass --warmup_steps {config.max_steps // 10}"
         )
-    if config.min_lr > config.learning_rate:
+    if None not in (config.min_lr, config.learning_rate) and config.min_lr > config.learning_rate:
         raise InputError(f"min_lr {config.min_lr} is above learning_rate {config.learning_rate}")

@@ -215,3 +215,20 @@ def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
         digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
     name = str(path.resolve()) if path.exists() else path.as_posix()
     return model.config, model.state_dict(), {"checkpoint": name, "sha256": digest.hexdigest()}
+
+
+def fit_start(start: tuple[GPTConfig, dict, dict], gpt: GPTConfig) -> dict:
+    """The weights of a `load_start` for a model of shape `gpt`, its positions cropped if need be.
+
+    Raises InputError where the two shapes differ in more than dropout and a shorter context.
+    """
+    theirs, weights, origin = start
+    for field in fields(GPTConfig):
+        ours, given = getattr(gpt, field.name), getattr(theirs, field.name)
+        shorter = field.name == "context_length" and ours < given
+        if ours != given and not shorter and field.name not in ("dropout", "init_std"):
+            raise InputError(
+                f"{origin['checkpoint']} has {field.name} {given}, not {ours}: leave --"
+                f"{field.name} out, or start without --init_from"
+            )
+    return weights | {"wpe.weight": weights["wpe.weight"][: gpt.context_length]}

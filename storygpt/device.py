@@ -32,7 +32,9 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or for `auto` the first of cuda, mps and cpu; made torch's current one.
+    """The named device, or for `auto` the first of cuda, mps and cpu.
+
+    Made torch's current one, with products of float32 in TF32 where it has that.
 
     Raises InputError where it is not to be had here.
     """
@@ -49,6 +51,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise InputError(f"there is no device {name} here: pass --device {found[0]}")
     if device.type == "cuda":  # kernels and memory that name no device go to the current one
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
+    torch.set_float32_matmul_precision("high")
     return device
 
 

@@ -29,7 +29,7 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
     untouched, where another line is not one that training wrote.
     """
     if not path.exists():
-        if last_step:
+        if last_step > 0:
             print(f"{path} is missing: the curves begin at step {last_step:,}", file=sys.stderr)
         return []
     text = path.read_bytes()
@@ -190,28 +190,32 @@ class Log:
             self.attempt(draw_loss_plot, self.metrics, self.plot)
 
     def _show(self, entry: dict) -> None:
-        speed, step = entry["tokens_per_second"], entry["step"]
-        shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
-        shown["epoch"] = f"{entry['epoch']:.2f}"
-        if self.peak:
-            shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        step = entry["step"]
+        if step > 0:
+            speed = entry["tokens_per_second"]
+            shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+            shown["epoch"] = f"{entry['epoch']:.2f}"
+            if self.peak:
+                shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
         if step == self.first_step + 20:  # the speed has settled
             recent = self.metrics[-10:]
             seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
             left = timedelta(seconds=round(seconds * (self.max_steps - step)))
             self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
         if "val_loss" in entry:
-            losses = f"train loss {entry['train_loss']:.4f}, val_loss {entry['val_loss']:.4f}"
-            self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}")
+            losses = f"val_loss {entry['val_loss']:.4f}"
+            if step > 0:
+                losses = f"train loss {entry['train_loss']:.4f}, {losses}"
+            self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}".rstrip())
 
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         """Adds the first 60 tokens of a story, told from nothing."""
         ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
         entry["sample"] = " ".join(story.split())
 
-    def ending(self, status: int, best_val_loss: float, directories: dict[str, Path]) -> str:
+    def ending(self, status: int, best_val_loss: float, data_dir: Path) -> str:
         """What to say at the end of the run, or where it stops with that exit status."""
         made, speed = [e for e in self.metrics if e["step"] > self.first_step], "no step was left"
         if made:
@@ -219,10 +223,11 @@ class Log:
             rate = tokens / (time.monotonic() - self.start)
             speed = f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
         if status:
-            command = command_line("train.py", resume=True, **directories)
+            folders = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
+            command = command_line("train.py", resume=True, **folders)
             step = self.metrics[-1]["step"] if self.metrics else 0
             return f"stopped after step {step:,} ({speed}); continue with: {command}"
-        directory = directories["checkpoint_dir"]
+        directory = self.plot.parent
         return (
             f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
             f"{directory / FINAL}, the curves in {self.plot}; {speed}"

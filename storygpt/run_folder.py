@@ -31,6 +31,14 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 FREE_FIELDS = ("device", "compile", "save_minutes", "keep_interval")
 
 
+def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
+    """Raises InputError where a resumed run was trained on other data than `data_dir` holds."""
+    if resumed.get("data") != fingerprint:
+        raise InputError(
+            f"the data in {data_dir} is not what the run was trained on so far: pass its --data_dir"
+        )
+
+
 def step_name(step: int) -> str:
     """The file that `--keep_interval` keeps of `step`."""
     return f"StoryGPT_step_{step:06}.pt"
@@ -63,6 +71,24 @@ class TrainState:
         numbers = {"best_val_loss": self.best_val_loss, "skipped_steps": self.skipped_steps}
         return numbers | self.optimizer.state_dict()
 
+    def check(self, entry: dict, directory: Path, config: TrainingConfig) -> None:
+        """Raises InputError, before anything is saved, where training has gone wrong for good.
+
+        `entry` is what metrics.jsonl would say of the step.
+        """
+        loss, norm = entry.get("val_loss", entry.get("train_loss")), entry.get("grad_norm")
+        # A norm of exactly 0 is no minimum but gradients that got lost; None is a skipped step's.
+        learning = norm is None or (math.isfinite(norm) and norm > 0)
+        if math.isfinite(loss) and learning and not self.optimizer.collapsed:
+            return
+        good = f"the last good checkpoint is {directory / LATEST}"
+        raise InputError(
+            f"step {self.step} has a loss of {loss} and a gradient norm of {norm}; "
+            f"{good if self.saved_step else 'no step was saved'}. Likely causes: too high a "
+            f"--learning_rate ({config.learning_rate}), too few --warmup_steps "
+            f"({config.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
+        )
+
     def load(self, checkpoint: dict, path: Path) -> None:
         """Puts both back. Raises InputError where something is lacking or does not fit."""
         load_weights(self.model, checkpoint["model_state_dict"], path)
@@ -70,6 +96,7 @@ class TrainState:
             self.optimizer.load_state_dict(checkpoint)
             for name in ("step", "val_loss", "best_val_loss", "skipped_steps"):
                 setattr(self, name, checkpoint[name])
+            self.saved_step = self.step
         except Exception as error:  # load_state_dict raises whatever a foreign state runs into
             raise InputError(
                 f"{path} cannot be resumed: its optimizer state does not fit its model; start "
@@ -99,8 +126,13 @@ class RunFolder:
         checkpoint = load_checkpoint(latest) if latest.exists() else None
         return checkpoint if checkpoint and checkpoint["step"] else None
 
-    def check_same_run(self, resumed: dict, gpt: GPTConfig, training: TrainingConfig) -> None:
-        """Raises InputError with every setting in which the two would change a resumed run."""
+    def check_same_run(
+        self, resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None
+    ) -> None:
+        """Raises InputError with every setting in which these would change a resumed run.
+
+        `origin` is that of --init_from, where it was passed.
+        """
         before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
         now = asdict(gpt) | asdict(training)
         differences = [
@@ -108,6 +140,10 @@ class RunFolder:
             for name in before
             if name not in FREE_FIELDS and before[name] != now[name]
         ]
+        begun = resumed.get("init_from") or {}
+        if origin and origin["sha256"] != begun.get("sha256"):
+            was = begun.get("checkpoint", "nothing")
+            differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
         if differences:
             raise InputError(
                 f"--resume would change the run in {self.directory}: {'; '.join(differences)}. "
@@ -129,9 +165,9 @@ class RunFolder:
         tell of nothing that is there.
         """
         latest = self.directory / LATEST
-        names = [BEST, FINAL, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
+        names = [FINAL, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
         if not latest.exists():
-            names += [METRICS, PLOT]
+            names += [BEST, METRICS, PLOT]
         elif load_checkpoint(latest)["step"]:
             return LATEST
         paths = [self.directory / name for name in names]
@@ -161,7 +197,7 @@ class RunFolder:
         for path in self.directory.iterdir():  # of a process killed while it was saving
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
-        metrics = read_metrics(self.directory / METRICS, step)
+        metrics = read_metrics(self.directory / METRICS, step or -1)
         (self.directory / METRICS).touch()
         return metrics
 

@@ -232,6 +232,30 @@ def training_batch(
     return windows(tokens, starts, context_length)
 
 
+class Batches:
+    """The batches of a run: what `training_batch` needs, given once."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        end_of_text: int,
+        seed: int,
+        windows_per_step: int,
+        context_length: int,
+        story_windows: float,
+    ):
+        self.tokens, self.seed, self.story_windows = tokens, seed, story_windows
+        self.windows_per_step, self.context_length = windows_per_step, context_length
+        self.story_ends = np.flatnonzero(tokens == end_of_text) if story_windows else None
+        self.tokens_per_step = windows_per_step * context_length
+        self.steps_per_epoch = windows_per_epoch(len(tokens), context_length) / windows_per_step
+
+    def __call__(self, step: int, positions: range) -> tuple[np.ndarray, np.ndarray]:
+        """The windows at `positions` of the batch of `step`, which counts from 1."""
+        which = (self.seed, step, positions, self.windows_per_step, self.context_length)
+        return training_batch(self.tokens, *which, self.story_ends, self.story_windows)
+
+
 def validation_starts(tokens: np.ndarray, context_length: int, most: int) -> np.ndarray:
     """Where at most `most` windows start, evenly spread over the split and not overlapping."""
     available = (len(tokens) - 1) // context_length

@@ -26,7 +26,11 @@ def test_defaults_are_the_reference():
         (GPTConfig, {"dropout": float("nan")}, "dropout must be"),
         (GPTConfig, {"bias": "no"}, "bias must be True or False"),
         (TrainingConfig, {"max_steps": 300}, "pass --warmup_steps 30"),
-        (TrainingConfig, {"min_lr": 1.0}, "min_lr 1.0 is above learning_rate 0.0003"),
+        (
+            TrainingConfig,
+            {"learning_rate": 3e-4, "min_lr": 1.0},
+            "min_lr 1.0 is above learning_rate 0.0003",
+        ),
         (TrainingConfig, {"learning_rate": -1}, "learning_rate must be a number of at least 0"),
         (TrainingConfig, {"learning_rate": float("inf")}, "learning_rate must be a number"),
         (TrainingConfig, {"optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
@@ -38,6 +42,16 @@ def test_mistakes_are_named(kind, fields, message):
     with pytest.raises(InputError, match=message) as error:
         kind(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_learning_rates_are_chosen_by_optimizer_and_for_muon_by_width():
+    chosen = TrainingConfig().with_learning_rates(512)
+    assert (chosen.learning_rate, chosen.min_lr) == (3e-4, pytest.approx(3e-5))  # the reference's
+    muon = TrainingConfig(optimizer="muon")
+    rates = [muon.with_learning_rates(n).learning_rate for n in (64, 128, 256, 512)]
+    assert rates == [2 / 64, 2 / 128, 2 / 256, 2 / 512]
+    given = TrainingConfig(optimizer="muon", learning_rate=0.01, min_lr=0.0).with_learning_rates(64)
+    assert (given.learning_rate, given.min_lr) == (0.01, 0.0)
 
 
 def test_needs_only_the_standard_library():

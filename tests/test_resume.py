@@ -176,7 +176,7 @@ def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp
                   "--data_dir", other)  # fmt: skip
     assert made.code == 0
     flags[2] = other
-    fails("train.py", *flags, says="is not what the run in")
+    fails("train.py", *flags, says="is not what the run was trained on")
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
