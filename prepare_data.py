@@ -28,7 +28,7 @@ from storygpt.cli import parse_flags, progress_bar, run
 from storygpt.readers import one_line
 from storygpt.sources import Stories, describe, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
-from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
+from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer
 
 BATCH = 1_000  # stories a worker encodes at once, unless they have more than
 BATCH_CHARACTERS = 2**20
@@ -319,6 +319,7 @@ def prepare(arguments: Arguments) -> dict:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is below 1: pass --{name} 1")
+    check_vocab_size(arguments.vocab_size)
     start = time.perf_counter()
     data_dir, skipped, read = arguments.data_dir, Counter(), {}
     with ExitStack() as stack:

@@ -150,6 +150,9 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     metrics = evaluation(checkpoint, meta)
     of_dataset = {"dataset_type": dataset or "stories", "dataset_name": dataset or "stories"}
     of_dataset |= {"task_type": "text-generation", "dataset_split": "validation"}
+    if dataset:
+        of_dataset["dataset_config"] = meta.get("subset")
+        of_dataset["dataset_revision"] = meta.get("revision")
     data = ModelCardData(
         language=arguments.language,
         license=arguments.license,
@@ -181,6 +184,7 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         scratch=not checkpoint.get("init_from"),
         gguf=arguments.gguf != "none",
         dataset=dataset,
+        commit=meta.get("revision"),
         builtin=builtin,
         unnamed=not dataset and not builtin,
         whole_vocabulary=is_whole,

@@ -274,10 +274,8 @@ def measure_tokenizing(arguments: Arguments) -> dict:
     from storygpt.sources import open_stories
     from storygpt.tokenizer import load_tokenizer
 
-    splits, _ = open_stories(arguments.dataset, seed=arguments.seed)
-    stories = [
-        story for batches in splits.values() for batch in batches for story in batch if story
-    ]
+    splits = open_stories(arguments.dataset, seed=arguments.seed).splits
+    stories = [story for rows in splits.values() for story in rows if story]
     table = pyarrow.table({"text": stories})
     megabytes = sum(len(story.encode()) for story in stories) / 1e6
     ours = load_tokenizer()

@@ -310,7 +310,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
         meta = file.metadata
         size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
         rows = min(max(CHUNK * meta.num_rows // (size or 1), 1), ROWS)
-        batches = file.iter_batches(rows, columns=[column])
+        batches = file.iter_batches(rows, columns=[column], use_threads=False)
         yield from arrow_rows(batches, column, path, file.schema_arrow.names)
 
 

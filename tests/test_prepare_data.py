@@ -463,16 +463,29 @@ def test_real_tinystories(script, tinystories, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-def test_memory_does_not_grow_with_the_stories(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "number", "length"),
+    [("parquet", 100_000, 1), ("jsonl", 1_000, 100), ("txt", 1_000, 100)],
+)
+def test_memory_grows_neither_with_the_stories_nor_with_their_length(
+    kind, number, length, tmp_path
+):
     code = "import prepare_data; prepare_data.main(); print(open('/proc/self/status').read())"
     story = "One day, a cat named Tom saw a big red ball in the park. " * 18  # 1 kB
     peaks = []
-    for number in (5_000, 100_000):
-        path, out = tmp_path / f"{number}.parquet", tmp_path / str(number)
-        with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:
-            for _ in range(number // 1_000):
-                writer.write_table(pa.table({"text": [story] * 1_000}))
+    for count, times in ((5_000, 1), (number, length)):  # 100 MB
+        path, out = tmp_path / f"{count}.{kind}", tmp_path / str(count)
+        if kind == "parquet":
+            with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:
+                for _ in range(count * times // 1_000):
+                    group = pa.table({"text": [story * times] * (1_000 // times)})
+                    writer.write_table(group)
+        else:
+            row = json.dumps({"text": story * times}) + "\n"
+            row = row if kind == "jsonl" else story * times + "<|endoftext|>"
+            with open(path, "w") as file:
+                file.writelines(row for _ in range(count))
         command = [sys.executable, "-c", code, "--dataset", path, "--data_dir", out]
         status = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
         peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status.stdout)[1]) / 1_000)
-    assert peaks[1] < peaks[0] + 50  # MB, of 100 MB of stories
+    assert peaks[1] < peaks[0] + 35  # MB

@@ -6,11 +6,14 @@ import pytest
 
 from config import InputError
 from storygpt.token_files import (
+    bits_per_byte,
+    data_fingerprint,
     epoch_layout,
     epoch_order,
     load_meta,
     load_tokens,
     training_batch,
+    training_starts,
     validation_starts,
     windows,
 )
@@ -80,6 +83,53 @@ def test_any_number_of_processes_draws_the_batches_of_one():
             for i in (0, 1):
                 assert np.array_equal(np.concatenate([part[i] for part in parts[::-1]]), whole[i])
         assert not np.array_equal(whole[0], training_batch(TOKENS, 8, step, range(12), 12, 16)[0])
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_the_windows_is_moved_back_to_where_its_story_starts(share):
+    tokens = np.random.default_rng(0).integers(0, 40, 20_000).astype("<u2")  # 0 ends a story
+    ends = np.flatnonzero(tokens == 0)
+    plain = training_starts(20_000, 5, 3, range(300), 300, 16)
+    x, y = training_batch(tokens, 5, 3, range(300), 300, 16, ends, share)
+    places = {tokens[i : i + 17].tobytes(): i for i in range(20_000 - 16)}
+    rows = np.concatenate((x, y[:, -1:]), 1).astype("<u2")
+    starts = np.array([places[row.tobytes()] for row in rows])
+    moved, behind = 0, 0
+    for start, was in zip(starts, plain, strict=True):
+        if start != was:
+            (between,) = np.nonzero(tokens[start : was + 1] == 0)  # no other story between
+            assert between.tolist() in ([0], []) and (
+                start == 0 or 0 in tokens[start - 1 : start + 1]
+            )
+            moved, behind = moved + 1, behind + (tokens[start] != 0)
+    assert abs(moved / 300 - share) < 0.1 and abs(behind / moved - 0.5) < 0.15
+    parts = [training_batch(tokens, 5, 3, range(i, i + 100), 300, 16, ends, share)[0]
+             for i in (0, 100, 200)]  # fmt: skip
+    assert np.array_equal(np.concatenate(parts), x)
+
+
+def test_data_is_known_by_what_it_holds():
+    def meta(dataset="a", vocab_size=512, train="1", validation="2"):
+        splits = {"train": {"sha256": train}, "validation": {"sha256": validation}}
+        return {"dataset": dataset, "vocab_size": vocab_size, "splits": splits}
+
+    assert data_fingerprint(meta()) == data_fingerprint(meta(dataset="elsewhere"))
+    others = [meta(vocab_size=513), meta(train="2"), meta(validation="1"), meta("a", 512, "2", "1")]
+    assert len({data_fingerprint(m) for m in [meta(), *others]}) == 5
+
+
+def test_bits_per_byte_counts_what_a_code_would_take():
+    # 100 tokens of 2 bits each, for a text of 50 bytes
+    assert bits_per_byte(2 * np.log(2), {"tokens": 100, "bytes": 50}) == pytest.approx(4)
+
+
+def test_files_are_read_whole_by_those_alone_who_verify(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    flip_a_byte(tmp_path / "data" / "train.bin")
+    meta = load_meta(tmp_path / "data", 512)
+    assert len(load_tokens(tmp_path / "data", "train", meta, 64, verify=False)) > 1_000_000
+    with pytest.raises(InputError, match="checksum differs"):
+        load_tokens(tmp_path / "data", "train", meta, 64)
 
 
 def test_the_order_of_an_epoch_is_kept_in_four_bytes_a_window():

@@ -89,6 +89,7 @@ def make_run(folder: Path, **changes) -> SimpleNamespace:
     (folder / "loss_plot.png").write_bytes(PLOT)
     counts = {"stories": 10, "tokens": 1000, "bytes": 4000, "sha256": ""}
     meta = {"vocab_size": config.vocab_size, "dataset": "roneneldan/TinyStories"}
+    meta |= {"subset": "default", "revision": "0a1b2c"}
     meta["end_of_text"] = config.vocab_size - 1
     meta["splits"] = {"train": counts, "validation": counts}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -223,6 +224,7 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
         data = card.data
         assert (data.license, data.language, data.pipeline_tag) == (None, "en", "text-generation")
         assert data.datasets == ["roneneldan/TinyStories"]
+        assert {r.dataset_revision for r in data.eval_results} == {"0a1b2c"}
         assert {r.metric_type: r.metric_value for r in data.eval_results} == {
             "loss": 3.5,
             "perplexity": round(math.exp(3.5), 3),
