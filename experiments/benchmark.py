@@ -1,39 +1,61 @@
-"""Script: speed beside transformers' GPT-2, interleaved in one run on one machine.
+"""Script: speed beside transformers' GPT-2, in one run on one machine.
 
 Contenders take turns, so that a machine that slows down slows all of them; medians are compared.
 Needs requirements-dev.txt (transformers).
 """
 
-import json
-import os
-import platform
-import re
-import resource
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import GPTConfig, InputError, TrainingConfig
-from storygpt.cli import parse_flags, run
+# isort: split
 
-CONFIG = GPTConfig()  # the 57M reference, dropout 0.1 in training
+from storygpt import cli  # first: it answers Ctrl-C while torch loads
+
+# isort: split
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from statistics import median
+from typing import Literal
+
+import numpy as np
+import pyarrow
+import tiktoken
+import torch
+import torch.nn.functional as F
+import tyro
+from pyarrow import parquet
+from torch import Tensor
+
+from config import GPTConfig, InputError, TrainingConfig, check_whole
+from model import GPT
+from storygpt.device import autocast, dtype_name, peak_memory, pick_device, pick_dtype
+from storygpt.kernels import chunked_cross_entropy, pack_linears
+from storygpt.optimizer import Optimizer
+from storygpt.token_files import SPLITS, load_meta, load_tokens
+from storygpt.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+
+PREPARE_DATA = Path(__file__).resolve().parent.parent / "prepare_data.py"
+PARTS = ("training", "decoding", "tokenizing")
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Measure training, decoding and tokenizing, beside transformers."""
 
+    gpt: tyro.conf.FlagConversionOff[GPTConfig] = field(default_factory=GPTConfig)
+    parts: tuple[Literal["training", "decoding", "tokenizing"], ...] = PARTS
+    """What to measure."""
     quick: bool = False
     """Fewer rounds and contenders: under two minutes on two cores."""
     batch_size: int | None = None
@@ -54,62 +76,73 @@ class Arguments:
     """Seed of weights and batches."""
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, device) -> dict:
-    """{name: seconds of each turn}, after one turn each to warm up."""
-    import torch
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders share."""
 
-    def timed(turn) -> float:
-        start = time.perf_counter()
-        turn()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    gpt: GPTConfig
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    rounds: int
+    decode_tokens: int
+    seed: int
+    thorough: bool  # with what --quick leaves out
 
-    for turn in contenders.values():
-        timed(turn)
+
+def take_turns(contenders: dict[str, Callable[[], object]], setting: Setting) -> dict[str, float]:
+    """{name: median seconds of a turn}, after one turn each to warm up."""
     seconds = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for _ in range(1 + setting.rounds):
         for name, turn in contenders.items():
-            seconds[name].append(timed(turn))
-    return seconds
+            start = time.perf_counter()
+            turn()
+            if setting.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(times[1:]) for name, times in seconds.items()}
 
 
-def transformers_gpt2(**changes):
+def transformers_gpt2(c: GPTConfig):
     """transformers' GPT-2 in our shape, with its fastest attention."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = CONFIG
     shape = {"vocab_size": c.vocab_size, "n_positions": c.context_length, "n_embd": c.n_embd}
-    config = GPT2Config(**shape, n_layer=c.n_layer, n_head=c.n_head, **changes)
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    config = GPT2Config(**shape, **drops, n_layer=c.n_layer, n_head=c.n_head)
     config._attn_implementation = "sdpa"
     return GPT2LMHeadModel(config)
 
 
-def training_contender(name: str, batch_size: int, device, dtype, seed: int):
-    """One optimizer step of a contender as a function without arguments."""
-    import torch
+# --- Training: a contender is an optimizer step, a function without arguments ---
 
-    from model import GPT
-    from train import build_optimizers
 
-    torch.manual_seed(seed)
-    model = (GPT(CONFIG) if "StoryGPT" in name else transformers_gpt2()).to(device).train()
-    if "StoryGPT" in name:
-        (optimizer,) = build_optimizers(model, TrainingConfig())
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    rows = torch.randint(CONFIG.vocab_size, (batch_size, CONFIG.context_length + 1), device=device)
-    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    forward = torch.compile(model) if "compiled" in name else model
-    half = dtype != torch.float32
+def storygpt_step(setting: Setting, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], None]:
+    """The step of train.py."""
+    model = GPT(setting.gpt).to(setting.device).train()
+    model.loss_function = chunked_cross_entropy
+    recipe = TrainingConfig().with_learning_rates(setting.gpt.n_embd)
+    optimizer = Optimizer(model, recipe, setting.device, setting.dtype)
+    forward = torch.compile(model) if compiled else model
 
     def step() -> None:
-        with torch.autocast(device.type, dtype) if half else nullcontext():
-            if "StoryGPT" in name:
-                loss = forward(x, y)[1]
-            else:
-                logits = forward(x).logits
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        with autocast(setting.device, setting.dtype):
+            loss = forward(x, y)[1]
+        optimizer.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+def transformers_step(setting: Setting, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], None]:
+    """The same with transformers' model and torch's loss."""
+    model = transformers_gpt2(setting.gpt).to(setting.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with autocast(setting.device, setting.dtype):
+            loss = F.cross_entropy(forward(x).logits.flatten(0, 1), y.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -118,259 +151,292 @@ def training_contender(name: str, batch_size: int, device, dtype, seed: int):
     return step
 
 
-def peak_memory(name: str, batch_size: int, device_name: str, dtype_name: str, seed: int) -> int:
-    """Peak bytes of two training steps: of the GPU, or of a fresh process on CPU."""
-    import torch
+STEPS = {"StoryGPT": storygpt_step, "transformers": transformers_step}
 
-    device = torch.device(device_name)
-    step = training_contender(name, batch_size, device, getattr(torch, dtype_name), seed)
+
+def make_step(name: str, setting: Setting, compiled: bool = False) -> Callable[[], None]:
+    """The step of a contender on a batch of its own."""
+    torch.manual_seed(setting.seed)
+    shape = (setting.batch_size, setting.gpt.context_length + 1)
+    rows = torch.randint(setting.gpt.vocab_size, shape, device=setting.device)
+    return STEPS[name](setting, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), compiled)
+
+
+def memory_of_steps(name: str, setting: Setting) -> int | None:
+    """Peak bytes of two training steps, in a process that makes nothing else."""
+    step = make_step(name, setting)
     step()
     step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")  # on Linux ru_maxrss begins at what the parent had
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory(setting.device)
 
 
-def measure_training(arguments: Arguments, device, dtype) -> dict:
-    import torch
-
-    on_gpu = device.type == "cuda"
-    batch_size = arguments.batch_size or (64 if on_gpu else 2 if arguments.quick else 8)
-    rounds = arguments.rounds or (20 if on_gpu else 3 if arguments.quick else 5)
-    names = ["StoryGPT", "transformers"]
-    if on_gpu or not arguments.quick:
-        names += ["StoryGPT compiled", "transformers compiled"]
-    make = partial(
-        training_contender, batch_size=batch_size, device=device, dtype=dtype, seed=arguments.seed
-    )
-    steps = {name: make(name) for name in names}
-
-    # The ceilings: the two shapes that nearly all the FLOPs of a step have.
-    tokens, width, vocab = batch_size * CONFIG.context_length, CONFIG.n_embd, CONFIG.vocab_size
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    wide = torch.randn(4 * width, width, device=device, dtype=dtype)
-    head = torch.randn(vocab, width, device=device, dtype=dtype)
-    body_out, head_out = x.new_empty(tokens, 4 * width), x.new_empty(tokens, vocab)
-    shapes = {  # into memory that is there: a ceiling has no page faults
+def make_products(setting: Setting) -> dict[str, Callable[[], Tensor]]:
+    """The two shapes that nearly all the FLOPs of a step have."""
+    tokens, width = setting.batch_size * setting.gpt.context_length, setting.gpt.n_embd
+    empty = partial(torch.empty, device=setting.device, dtype=setting.dtype)
+    x = empty(tokens, width).normal_()
+    wide, head = empty(4 * width, width).normal_(), empty(setting.gpt.vocab_size, width).normal_()
+    # into memory that is there: a ceiling has no page faults
+    body_out, head_out = empty(tokens, len(wide)), empty(tokens, len(head))
+    return {
         "body product": lambda: torch.mm(x, wide.T, out=body_out),
         "head product": lambda: torch.mm(x, head.T, out=head_out),
     }
-    seconds = take_turns(steps | shapes, rounds, device)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    rates = {
-        "body product": 2 * tokens * width * 4 * width / medians["body product"],
-        "head product": 2 * tokens * width * vocab / medians["head product"],
-    }
 
-    from model import GPT
 
+def measure_training(setting: Setting) -> dict:
+    steps = {name: make_step(name, setting) for name in STEPS}
+    if setting.thorough:
+        steps |= {f"{name}, compiled": make_step(name, setting, compiled=True) for name in STEPS}
+    seconds = take_turns(steps | make_products(setting), setting)
+
+    c, tokens = setting.gpt, setting.batch_size * setting.gpt.context_length
+    body_rate = 2 * tokens * 4 * c.n_embd**2 / seconds["body product"]
+    head_rate = 2 * tokens * c.n_embd * c.vocab_size / seconds["head product"]
     with torch.device("meta"):
-        flops = GPT(CONFIG).flops_per_token()
-    head_flops = 6 * vocab * width
+        flops = GPT(c).flops_per_token()
+    head_flops = 6 * c.vocab_size * c.n_embd
     # The fastest a step could be if every product ran at the measured rate of its shape.
-    floor = tokens * ((flops - head_flops) / rates["body product"])
-    floor += tokens * head_flops / rates["head product"]
+    floor = tokens * ((flops - head_flops) / body_rate + head_flops / head_rate)
     result = {
-        "batch": f"{batch_size} x {CONFIG.context_length}",
-        "body product, GFLOP/s": rates["body product"] / 1e9,
-        "head product, GFLOP/s": rates["head product"] / 1e9,
+        "batch": f"{setting.batch_size} x {c.context_length}",
+        "body product, GFLOP/s": body_rate / 1e9,
+        "head product, GFLOP/s": head_rate / 1e9,
     }
-    for name in names:
-        result[f"{name}, tokens/s"] = tokens / medians[name]
-        result[f"{name}, share of the ceiling"] = floor / medians[name]
-    if on_gpu or not arguments.quick:
-        for name in ("StoryGPT", "transformers"):
-            where = (name, batch_size, str(device), str(dtype)[6:], arguments.seed)
-            with get_context("spawn").Pool(1) as pool:
-                result[f"{name}, peak memory, GB"] = pool.apply(peak_memory, where) / 1e9
+    for name in steps:
+        result[f"{name}, tokens/s"] = tokens / seconds[name]
+        result[f"{name}, share of the ceiling"] = floor / seconds[name]
+    for name in STEPS if setting.thorough else ():
+        with get_context("spawn").Pool(1) as pool:
+            if peak := pool.apply(memory_of_steps, (name, setting)):
+                result[f"{name}, peak memory, GB"] = peak / 1e9
     return result
 
 
-def measure_decoding(arguments: Arguments, device, dtype) -> dict:
-    import torch
+# --- Decoding: a contender takes a prompt and how many tokens to tell ---
 
-    from model import GPT
 
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(arguments.seed)
-    ours = GPT(CONFIG).to(device, dtype).eval()
-    theirs = transformers_gpt2().to(device, dtype).eval()
-    theirs.generation_config.pad_token_id = 0
-    count = arguments.decode_tokens // (2 if arguments.quick else 1)
-    rounds = arguments.rounds or (3 if arguments.quick else 5)
+def storygpt_teller(setting: Setting) -> Callable[[Tensor, int], Tensor]:
+    """As generate.py tells."""
+    model = GPT(setting.gpt).to(setting.device, setting.dtype).eval()
+    pack_linears(model)
+    return partial(model.generate, temperature=0.8, top_k=100)
 
-    source = torch.empty(2**28 if on_gpu else 2**25, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    copy = {"copy": lambda: target.copy_(source)}
-    copy_seconds = statistics.median(take_turns(copy, 5, device)["copy"])
-    bandwidth = 2 * source.nbytes / copy_seconds
+
+def transformers_teller(setting: Setting) -> Callable[[Tensor, int], Tensor]:
+    """The same sampling with transformers."""
+    model = transformers_gpt2(setting.gpt).to(setting.device, setting.dtype).eval()
+    model.generation_config.pad_token_id = 0
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 100}
+
+    def tell(prompt: Tensor, number: int) -> Tensor:
+        mask, length = torch.ones_like(prompt), {"max_new_tokens": number, "min_new_tokens": number}
+        return model.generate(prompt, attention_mask=mask, **length, **sampling)
+
+    return tell
+
+
+TELLERS = {"StoryGPT": storygpt_teller, "transformers": transformers_teller}
+
+
+def measure_decoding(setting: Setting) -> dict:
+    on_gpu, count = setting.device.type == "cuda", setting.decode_tokens
+    torch.manual_seed(setting.seed)
+    tellers = {name: make(setting) for name, make in TELLERS.items()}
+    source = torch.ones(2**28 if on_gpu else 2**25, device=setting.device)
+    target = torch.ones_like(source)
+    copying = take_turns({"copy": lambda: target.copy_(source)}, setting)["copy"]
+    bandwidth = 2 * source.nbytes / copying
+    with torch.device("meta"):
+        weight_bytes = GPT(setting.gpt).num_parameters() * setting.dtype.itemsize
     result = {"copy bandwidth, GB/s": bandwidth / 1e9}
-
-    def transformers_tokens(prompt, number):
-        return theirs.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=number,
-            min_new_tokens=number,
-            do_sample=True,
-            temperature=0.8,
-            top_k=100,
-        )
-
-    def our_tokens(prompt, number):
-        return ours.generate(prompt, number, temperature=0.8, top_k=100)
-
-    sizes = [1, 8, 64, *([256] if on_gpu else [])]
-    for size in sizes[:2] if arguments.quick else sizes:
-        prompt = torch.randint(CONFIG.vocab_size, (size, 16), device=device)
-        turns = {
-            "StoryGPT": partial(our_tokens, prompt, count),
-            "transformers": partial(transformers_tokens, prompt, count),
-        }
+    for size in (1, 8, 64, 256)[: 2 if not setting.thorough else 4 if on_gpu else 3]:
+        prompt = torch.randint(setting.gpt.vocab_size, (size, 16), device=setting.device)
+        turns = {name: partial(tell, prompt, count) for name, tell in tellers.items()}
         if size == 1:
-            turns["StoryGPT first"] = partial(our_tokens, prompt, 1)
-            turns["transformers first"] = partial(transformers_tokens, prompt, 1)
-        seconds = take_turns(turns, rounds, device)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        for name in ("StoryGPT", "transformers"):
-            result[f"{name}, batch {size}, tokens/s"] = size * count / medians[name]
-        if size == 1:
-            weight_bytes = sum(p.nbytes for p in ours.parameters())
-            rate = weight_bytes * count / medians["StoryGPT"]
-            result["StoryGPT, batch 1, share of the copy bandwidth"] = rate / bandwidth
-            for name in ("StoryGPT", "transformers"):
-                result[f"{name}, first token, ms"] = 1000 * medians[f"{name} first"]
+            turns |= {f"{name} first": partial(tell, prompt, 1) for name, tell in tellers.items()}
+        seconds = take_turns(turns, setting)
+        for name in tellers:
+            result[f"{name}, batch {size}, tokens/s"] = size * count / seconds[name]
+            if size == 1:
+                result[f"{name}, first token, ms"] = 1000 * seconds[f"{name} first"]
+                share = weight_bytes * count / seconds[name] / bandwidth
+                result[f"{name}, batch 1, share of the copy bandwidth"] = share
     return result
 
 
-def run_prepare(path: str, num_proc: int) -> tuple[float, int]:
-    """Seconds of prepare_data.py, start-up included, and bytes of the largest process at its peak.
+# --- Tokenizing ---
 
-    To be called in a process that is fresh and small: on Linux a child's peak is never below what
-    its parent had when it started the child.
+# Peak of the largest process below this small one, in ru_maxrss' unit: on Linux a process's own
+# begins at what its parent had, and this script has torch.
+PEAK_OF = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def prepare(dataset: str, folder: str, seed: int) -> tuple[float, int]:
+    """Seconds of prepare_data.py, start-up included, and bytes of its largest process at its peak.
+
+    Raises InputError with its own sentence where it fails.
     """
+    flags = ("--dataset", dataset, "--data_dir", folder, "--seed", str(seed))
+    command = (sys.executable, "-c", PEAK_OF, sys.executable, PREPARE_DATA, *flags)
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise InputError(f"prepare_data.py: {said[-1][7:]}" if said else done.stderr)
+    return seconds, int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_stories(dataset: str, seed: int) -> list[str]:
+    """All stories of `dataset`, as prepare_data.py reads them: its tokens lose nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        script = str(Path(__file__).resolve().parent.parent / "prepare_data.py")
-        flags = ("--dataset", path, "--data_dir", folder, "--num_proc", str(num_proc))
-        start = time.perf_counter()
-        subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
-        seconds = time.perf_counter() - start
-    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        prepare(dataset, folder, seed)
+        meta, stories = load_meta(folder, GPT2_VOCAB_SIZE), []
+        for split in SPLITS:
+            tokens = np.array(load_tokens(folder, split, meta, context_length=0))
+            ends = np.flatnonzero(tokens == meta["end_of_text"])
+            stories += [ids[:-1].tolist() for ids in np.split(tokens, ends[:-1] + 1)]
+            # each but the last of its end-of-text
+    return load_tokenizer().decode_batch(stories)
 
 
-def measure_tokenizing(arguments: Arguments) -> dict:
+def encode_all(tokenizer: tiktoken.Encoding, stories: list[str]) -> None:
+    for story in stories:
+        tokenizer.encode_ordinary(story)
+
+
+def measure_copies(stories: list[str], times: int, setting: Setting) -> dict:
     """MB/s of UTF-8: tiktoken alone in one thread, and prepare_data.py with all its processes.
 
-    prepare_data.py gets the stories several times over, to show what grows with them.
+    prepare_data.py gets the stories `times` over, to show what grows with them.
     """
-    import pyarrow
-    import tiktoken
-    from pyarrow import parquet
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    from storygpt.sources import open_stories
-    from storygpt.tokenizer import load_tokenizer
-
-    splits = open_stories(arguments.dataset, seed=arguments.seed).splits
-    stories = [story for rows in splits.values() for story in rows if story]
-    table = pyarrow.table({"text": stories})
     megabytes = sum(len(story.encode()) for story in stories) / 1e6
-    ours = load_tokenizer()
+    ours, processes, peaks = load_tokenizer(), os.cpu_count() or 1, []
     ranks = ours._mergeable_ranks
-    as_it_comes = tiktoken.Encoding(
+    plain = tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
     )
-    num_proc = os.cpu_count() or 1
-    result = {}
-    for times in (1, 4) if arguments.quick else (1, 4, 16):
-        single, single_ours, whole, peaks = [], [], [], []
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{folder}/stories.parquet"
-            with parquet.ParquetWriter(path, table.schema) as writer:
-                for _ in range(times):
-                    writer.write_table(table, row_group_size=1000)
-            for _ in range(arguments.rounds or 3):
-                for tokenizer, rates in ((as_it_comes, single), (ours, single_ours)):
-                    start = time.perf_counter()
-                    for story in stories:
-                        tokenizer.encode_ordinary(story)
-                    rates.append(megabytes / (time.perf_counter() - start))
-                with get_context("forkserver").Pool(1) as pool:
-                    seconds, peak = pool.apply(run_prepare, (path, num_proc))
-                whole.append(times * megabytes / seconds)
-                peaks.append(peak)
-        share = statistics.median(whole) / (num_proc * statistics.median(single))
-        size = f"{times * megabytes:.0f} MB"
-        result |= {
-            f"{size}: one thread of tiktoken, MB/s": statistics.median(single),
-            f"{size}: the same with tokenizer.py's pattern, MB/s": statistics.median(single_ours),
-            f"{size}: prepare_data with {num_proc} processes, MB/s": statistics.median(whole),
-            f"{size}: share of (processes x one thread)": share,
-            f"{size}: largest process at its peak, MB": max(peaks) / 1e6,
+    table = pyarrow.table({"text": stories})
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/stories.parquet"
+        with parquet.ParquetWriter(path, table.schema) as writer:
+            for _ in range(times):
+                writer.write_table(table, row_group_size=1000)
+        turns = {
+            "plain": partial(encode_all, plain, stories),
+            "ours": partial(encode_all, ours, stories),
+            "whole": lambda: peaks.append(prepare(path, f"{folder}/data", setting.seed)[1]),
         }
+        seconds = take_turns(turns, setting)
+    plain_rate, whole_rate = megabytes / seconds["plain"], times * megabytes / seconds["whole"]
+    return {
+        "one thread of tiktoken, MB/s": plain_rate,
+        "the same with tokenizer.py's pattern, MB/s": megabytes / seconds["ours"],
+        f"prepare_data.py with {processes} processes, MB/s": whole_rate,
+        "share of (processes x one thread)": whole_rate / processes / plain_rate,
+        "largest process at its peak, MB": max(peaks) / 1e6,
+    }
+
+
+def measure_tokenizing(dataset: str, setting: Setting) -> dict:
+    stories = read_stories(dataset, setting.seed)
+    result = {}
+    for times in (1, 4, 16) if setting.thorough else (1, 4):
+        figures = measure_copies(stories, times, setting)
+        result |= {f"{times} x the stories: {name}": value for name, value in figures.items()}
     return result
 
 
-def describe_machine(device, dtype) -> dict:
-    import torch
+# --- The whole ---
+
+
+def describe_machine(setting: Setting) -> dict:
     import transformers
 
-    name = platform.processor() or platform.machine()
+    processor, device = platform.processor() or platform.machine(), setting.device
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), name)
+        names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+        processor = next(names, processor)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-        "cpu": f"{os.cpu_count()} x {name}, {torch.backends.cpu.get_cpu_capability()}",
-        "dtype": str(dtype)[6:],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": f"{os.cpu_count()} x {processor}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype_name(setting.dtype),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
-def main() -> None:
-    arguments = parse_flags(Arguments)
+def make_setting(arguments: Arguments) -> Setting:
+    """Raises InputError, before anything is measured, where nothing could be."""
+    for name in ("batch_size", "rounds", "decode_tokens"):
+        if (value := getattr(arguments, name)) is not None:
+            check_whole(name, value, 1)
+    check_whole("seed", arguments.seed, 0, 2**63 - 1)
+    room = arguments.gpt.context_length - 16
+    if "decoding" in arguments.parts:
+        check_whole("decode_tokens", arguments.decode_tokens, 1, max(1, room))
+    if not arguments.output.absolute().parent.is_dir():
+        raise InputError(f"there is no folder for --output {arguments.output}: make it first")
     try:
         import transformers
-
-        transformers.logging.set_verbosity_error()
     except ImportError as error:
         raise InputError(
             "benchmark.py compares with transformers, which is not installed: "
             "pip install -r requirements-dev.txt"
         ) from error
-
-    import torch
-
-    from storygpt.device import pick_device, pick_dtype
-
-    device = pick_device(arguments.device)
-    dtype = pick_dtype(arguments.dtype, device)
+    transformers.logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high")
+    device, quick = pick_device(arguments.device), arguments.quick
+    on_gpu = device.type == "cuda"
+    return Setting(
+        gpt=arguments.gpt,
+        device=device,
+        dtype=pick_dtype(arguments.dtype, device),
+        batch_size=arguments.batch_size or (64 if on_gpu else 2 if quick else 8),
+        rounds=arguments.rounds or (20 if on_gpu else 3 if quick else 5),
+        decode_tokens=arguments.decode_tokens // (2 if quick else 1) or 1,
+        seed=arguments.seed,
+        thorough=on_gpu or not quick,
+    )
+
+
+def show(figures: dict) -> None:
+    for name, value in figures.items():
+        if isinstance(value, float):
+            value = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        print(f"  {name:60} {value}")
+
+
+def main() -> None:
+    arguments = cli.parse_flags(Arguments)
+    setting = make_setting(arguments)
     start = time.perf_counter()
-    report = {"machine": describe_machine(device, dtype)}
-    for title, measure in (
-        ("training", lambda: measure_training(arguments, device, dtype)),
-        ("decoding", lambda: measure_decoding(arguments, device, dtype)),
-        ("tokenizing", lambda: measure_tokenizing(arguments)),
-    ):
-        print(f"measuring {title} ...", file=sys.stderr, flush=True)
-        report[title] = measure()
+    report = {"machine": describe_machine(setting)}
+    measures = {
+        "training": measure_training,
+        "decoding": measure_decoding,
+        "tokenizing": partial(measure_tokenizing, arguments.dataset),
+    }
+    for part in dict.fromkeys(arguments.parts):
+        print(f"measuring {part} ...", file=sys.stderr, flush=True)
+        report[part] = measures[part](setting)
+    for title, figures in report.items():
+        print(f"\n{title}")
+        show(figures)
     report["seconds"] = time.perf_counter() - start
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    for title, figures in report.items():
-        if isinstance(figures, dict):
-            print(f"\n{title}")
-            for name, value in figures.items():
-                shown = f"{value:,.3g}" if isinstance(value, float) and value < 100 else value
-                shown = f"{value:,.0f}" if isinstance(value, float) and value >= 100 else shown
-                print(f"  {name:50} {shown}")
     print(f"\n{report['seconds']:.0f} s; written to {arguments.output}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

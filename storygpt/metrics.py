@@ -22,17 +22,12 @@ from storygpt.telling import tell
 METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
 
 
-def read_metrics(path: Path, last_step: int) -> list[dict]:
-    """The lines of metrics.jsonl up to `last_step`, to which the file is cut.
+def parse_metrics(text: bytes, path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl read from `path`.
 
-    A power cut can leave half of the last line, which does not count. Raises InputError, the file
-    untouched, where another line is not one that training wrote.
+    A power cut can leave half of the last line, which does not count. Raises InputError where
+    another line is not one that training wrote.
     """
-    if not path.exists():
-        if last_step > 0:
-            print(f"{path} is missing: the curves begin at step {last_step:,}", file=sys.stderr)
-        return []
-    text = path.read_bytes()
     lines = text.removeprefix(b"\xef\xbb\xbf").splitlines()
     metrics = []
     for number, line in enumerate(lines, 1):
@@ -50,7 +45,20 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
                 "move the file away to go on without it"
             ) from error
         metrics.append(entry)
-    metrics = [entry for entry in metrics if entry["step"] <= last_step]
+    return metrics
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to `last_step`, to which the file is cut.
+
+    Raises InputError, the file untouched, as `parse_metrics` does.
+    """
+    if not path.exists():
+        if last_step > 0:
+            print(f"{path} is missing: the curves begin at step {last_step:,}", file=sys.stderr)
+        return []
+    text = path.read_bytes()
+    metrics = [entry for entry in parse_metrics(text, path) if entry["step"] <= last_step]
     kept = "".join(json.dumps(entry) + "\n" for entry in metrics).encode()
     if kept != text:
         write_atomically(path, lambda file: file.write(kept))

@@ -1,0 +1,182 @@
+"""What experiments/ promises, by real runs that are small."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, python
+from matplotlib import image
+
+COMPARE = "experiments.compare.py"  # as the fork server finds it
+SMALL = (
+    "--vocab_size 512 --context_length 32 --n_layer 1 --n_head 2 --n_embd 32 --batch_size 2 "
+    "--rounds 1 --decode_tokens 4 --device cpu --dtype float32"
+).split()
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of(output: str) -> list[dict]:
+    """The Markdown table as a dict a row."""
+    lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+
+
+@pytest.fixture(scope="module")
+def runs(script, data_dir, run_dir, tmp_path_factory) -> list[Path]:
+    """Two runs that differ by their seed, and one of another optimizer."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, *flags in (("other_seed", "--seed", 7), ("muon", "--optimizer", "muon")):
+        flags = (*TINY, *flags, "--data_dir", data_dir, "--checkpoint_dir", folder / name)
+        result = script("train.py", *flags)
+        assert result.code == 0, result.output
+    return [run_dir, folder / "other_seed", folder / "muon"]
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path) -> Path:
+    return shutil.copytree(run_dir, tmp_path / "copied")
+
+
+# --- compare.py ---
+
+
+def test_compare_draws_curves_and_a_row_for_each_recipe(runs, tmp_path):
+    picture = tmp_path / "curves.png"
+    result = python("experiments/compare.py", *runs, "--output", picture)
+    assert result.returncode == 0, result.stderr
+    adamw, muon = rows_of(result.stdout)
+    assert adamw["run"] == f"{runs[0]}, {runs[1]}" and muon["run"] == str(runs[2])
+    assert (adamw["optimizer"], muon["optimizer"]) == ("adamw", "muon")
+    assert (muon["step"], muon["tokens"]) == ("20", f"{20 * 4 * 2 * 64:,}")
+
+    both = [
+        [line["val_loss"] for line in metrics_of(run) if "val_loss" in line] for run in runs[:2]
+    ]
+    last = sorted(losses[-1] for losses in both)
+    assert adamw["last val_loss"] == f"{np.mean(last):.3f} ({last[0]:.3f} to {last[1]:.3f})"
+    seconds = sum(4 * 2 * 64 / line["tokens_per_second"] for line in metrics_of(runs[2]))
+    assert muon["seconds of training"] == f"{seconds:,.0f}"
+    best = min(line.get("val_loss", math.inf) for line in metrics_of(runs[2]))
+    assert muon["best val_loss"] == f"{best:.3f}"
+    assert np.ptp(image.imread(picture)[..., :3]) > 0.5
+
+
+def test_compare_tells_bits_per_byte_of_the_runs_own_data(script, runs, data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--output", tmp_path / "curves.png")
+    row, _ = rows_of(script(COMPARE, *runs[1:], *flags).output)
+    counts = json.loads((data_dir / "meta.json").read_text())["splits"]["validation"]
+    loss = min(line.get("val_loss", math.inf) for line in metrics_of(runs[1]))
+    bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
+    assert row["best bits per byte"] == f"{bits:.4f}"
+
+
+def test_compare_leaves_a_run_as_it_is_while_a_line_is_being_written(script, copied, tmp_path):
+    path = copied / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 21, "tok')
+    before = path.read_bytes()
+    result = script(COMPARE, copied, "--output", tmp_path / "curves.png")
+    assert result.code == 0, result.output
+    assert path.read_bytes() == before
+
+
+def test_compare_needs_a_run_with_an_evaluation(fails, copied, tmp_path):
+    output = ("--output", tmp_path / "curves.png")
+    fails(COMPARE, *output, says="nothing to compare")
+    fails(COMPARE, tmp_path / "nowhere", *output, says="holds no run")
+    lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copied / "metrics.jsonl").write_text("".join(lines[:5]))
+    fails(COMPARE, copied, *output, says="no evaluation yet")
+    (copied / "metrics.jsonl").write_text("".join([*lines[:3], "what?\n", *lines[4:]]))
+    fails(COMPARE, copied, *output, says="line 4 of")
+    without_speed = [{k: v for k, v in json.loads(x).items() if "second" not in k} for x in lines]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in without_speed))
+    fails(COMPARE, copied, *output, says="tokens_per_second")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_compare_refuses_spoiled_checkpoints_and_other_data(
+    script, fails, copied, run_dir, data_dir, tmp_path
+):
+    output = ("--output", tmp_path / "curves.png")
+    other = tmp_path / "data"
+    flags = ("--dataset", "builtin", "--vocab_size", 512, "--seed", 5, "--data_dir", other)
+    assert script("prepare_data.py", *flags).code == 0
+    fails(COMPARE, run_dir, "--data_dir", other, *output, says="is not what")
+    result = script(COMPARE, run_dir, "--data_dir", other, data_dir, *output)
+    assert result.code == 0, result.output
+
+    fails(COMPARE, run_dir, "--output", tmp_path / "no" / "curves.png", says="cannot be written")
+    latest = copied / "StoryGPT_latest.pt"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    fails(COMPARE, copied, *output, says="StoryGPT_latest.pt")
+    for path in copied.glob("*.pt"):
+        path.unlink()
+    fails(COMPARE, copied, *output, says="no checkpoint")
+
+
+# --- benchmark.py ---
+
+
+def test_benchmark_measures_all_that_it_promises(tmp_path):
+    stories = [f"Tom had {n} kites.\nThey were réd, all {n} of them." for n in range(300)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    output = tmp_path / "figures.json"
+    flags = ("--dataset", tmp_path / "stories.txt", "--output", output)
+    # compiling would take minutes, and is torch's to test
+    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
+    result = python("experiments/benchmark.py", *SMALL, *flags, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert {"training", "decoding", "tokenizing", "machine", "seconds"} == set(report)
+    for name in ("StoryGPT", "transformers"):
+        for how in ("", ", compiled"):
+            assert report["training"][f"{name}{how}, tokens/s"] > 0
+        assert report["training"][f"{name}, peak memory, GB"] > 0.05
+        for size in (1, 8, 64):
+            assert report["decoding"][f"{name}, batch {size}, tokens/s"] > 0
+        assert report["decoding"][f"{name}, first token, ms"] > 0
+    whole = [k for k in report["tokenizing"] if "prepare_data.py" in k]
+    assert [name.split(" x ")[0] for name in whole] == ["1", "4", "16"]
+    figures = [v for part in report.values() if isinstance(part, dict) for v in part.values()]
+    assert all(v > 0 and math.isfinite(v) for v in figures if isinstance(v, float))
+    assert report["machine"]["dtype"] == "float32"
+
+
+def test_benchmark_reads_the_stories_as_they_are(tmp_path):
+    from experiments.benchmark import read_stories
+
+    stories = ["Ann ran.", "Ben — and “Kim” — sat.\n\nThey slept. ", "Dan did not.", "The 🦆 swam."]
+    lines = "".join(json.dumps({"text": story}) + "\n" for story in stories)
+    (tmp_path / "stories.jsonl").write_text(lines)
+    assert sorted(read_stories(str(tmp_path / "stories.jsonl"), seed=1)) == sorted(stories)
+
+
+def test_benchmark_says_what_is_wrong_before_it_measures(fails, tmp_path):
+    script, output = "experiments.benchmark.py", ("--output", tmp_path / "figures.json")
+    fails(script, "--rounds", 0, *output, says="rounds must be")
+    fails(script, "--batch_size", 0, *output, says="batch_size must be")
+    fails(script, "--decode_tokens", 999, *output, says="decode_tokens 999 is over 240")
+    fails(script, "--parts", "sleeping", *output, says="sleeping")
+    fails(script, "--output", tmp_path / "no" / "figures.json", says="there is no folder")
+    tokenize = ("--parts", "tokenizing", "--dataset", tmp_path / "nowhere.txt")
+    fails(script, *tokenize, *output, says="there is no file")
+    assert not output[1].exists()
+
+
+def test_benchmark_names_the_package_that_is_missing():
+    code = (
+        "import runpy, sys; sys.modules['transformers'] = None; "
+        "sys.argv = ['benchmark.py']; "
+        "runpy.run_path('experiments/benchmark.py', run_name='__main__')"
+    )
+    result = python("-c", code)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "pip install -r requirements-dev.txt" in result.stderr
