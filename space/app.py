@@ -391,6 +391,7 @@ the arrow keys.</p>
 
 # A click on what has an index chooses it; among the tokens of a story, so do the arrow keys.
 CHOOSE = """
+let waiting;
 const choose = (chosen) => {
   if (chosen.role === 'option') {
     for (const other of element.querySelectorAll('[role=option]')) {
@@ -399,7 +400,8 @@ const choose = (chosen) => {
     }
     chosen.focus();
   }
-  trigger('select', {index: Number(chosen.dataset.index)});
+  clearTimeout(waiting);  // an arrow key held down asks for the last token only
+  waiting = setTimeout(() => trigger('select', {index: Number(chosen.dataset.index)}), 80);
 };
 element.addEventListener('click', (event) => {
   const chosen = event.target.closest('[data-index]');
@@ -533,7 +535,7 @@ def page(teller: Storyteller) -> gr.Blocks:
         quiet = {"show_progress": "hidden"}
         inner = quiet | {"api_visibility": "private"}
         shared = quiet | {"concurrency_limit": VISITORS, "concurrency_id": "tell"}
-        latest = inner | {"trigger_mode": "always_last"}
+        every = inner | {"trigger_mode": "multiple"}
         clicks = [start.click, prompt.submit]
         telling = gr.on(clicks, answers.tell, settings, told, api_name="tell", **shared)
         seed = another.click(
@@ -543,8 +545,8 @@ def page(teller: Storyteller) -> gr.Blocks:
         stop.click(answers.stop, stories, told, cancels=[telling, again], **inner)
         cards.select(answers.look_at, [stories, layer], opened, **inner)
         inside.select(answers.look_at_latest, [stories, looked, layer], opened, **inner)
-        tokens.select(answers.choose, [looked, layer], [looked, detail], **latest)
-        layer.change(answers.other_layer, [looked, layer], detail, **latest)
+        tokens.select(answers.choose, [looked, layer], [looked, detail], **every)
+        layer.change(answers.other_layer, [looked, layer], detail, **every)
     return blocks
 
 

@@ -229,12 +229,15 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"url": url, "name": name})
 
     def validate_yaml(self):
-        content = json.loads(self.body)["content"]
-        match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        body = json.loads(self.body)
+        match = re.match(r"---\n(.*?)\n---\n", body["content"], re.DOTALL)
         data = yaml.safe_load(match[1]) if match else None
-        language = data.get("language") if isinstance(data, dict) else None
-        if not re.fullmatch("[a-z]{2,3}", language or ""):
-            errors = [{"message": f'"language" with value "{language}" is not valid'}]
+        key, valid = "language", "[a-z]{2,3}"
+        if body["repoType"] == "space":
+            key, valid = "sdk", "gradio|docker|static"
+        value = data.get(key) if isinstance(data, dict) else None
+        if not re.fullmatch(valid, value or ""):
+            errors = [{"message": f'"{key}" with value "{value}" is not valid'}]
             return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
         return self.answer({"errors": [], "warnings": []})
 
