@@ -5,7 +5,7 @@ BIN = .venv/bin
 DEMO = --data_dir data/demo
 BEST = --checkpoint checkpoints/demo/StoryGPT_best.pt
 
-.PHONY: demo test lint
+.PHONY: demo app test lint
 
 demo: .venv/requirements
 	rm -rf data/demo checkpoints/demo
@@ -14,6 +14,14 @@ demo: .venv/requirements
 	$(BIN)/python evaluate.py $(BEST) $(DEMO) --num_stories 50
 	@echo "The loss plot is checkpoints/demo/loss_plot.png. Three stories:"
 	@$(BIN)/python generate.py $(BEST) --prompt "" --num_samples 3
+
+# The page of space/ with the demo's model, which is trained first if there is none.
+app: .venv/requirements-app
+	test -f checkpoints/demo/StoryGPT_best.pt || $(MAKE) demo
+	rm -rf checkpoints/demo/published
+	$(BIN)/python upload_to_hf.py --repo_id you/StoryGPT-demo $(BEST) $(DEMO) \
+		--dry_run --output_dir checkpoints/demo/published
+	$(BIN)/python space/app.py --model checkpoints/demo/published --open
 
 test: .venv/requirements-dev
 	$(BIN)/python -m pytest
@@ -28,6 +36,10 @@ lint: .venv/requirements-dev
 
 .venv/requirements: requirements.txt | .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/requirements-app: space/requirements.txt .venv/requirements
+	$(BIN)/pip install --quiet --requirement space/requirements.txt
 	touch $@
 
 .venv/requirements-dev: requirements-dev.txt .venv/requirements

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,9 @@ class Arguments:
     """Precision of the weights."""
     seed: int = 1337
     """The same seed tells the same story on the same device."""
+    interactive: bool = False
+    """Ask for prompts, one a line; an empty line tells another story (that of the next seed).
+    Ctrl-C ends a story, Ctrl-D the program."""
 
 
 def main() -> None:
@@ -53,7 +57,25 @@ def main() -> None:
     model, _ = load_model(arguments.checkpoint, pick_device(arguments.device))
     model.to(getattr(torch, arguments.dtype))
     pack_linears(model)
-    tell_aloud(model, arguments)
+    (converse if arguments.interactive else tell_aloud)(model, arguments)
+
+
+def converse(model, arguments: Arguments) -> None:
+    """Tells a story for every line that is typed."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401, input() then has history and arrow keys
+    sys.stdin.reconfigure(errors="replace")
+    prompt, untold = arguments.prompt, arguments.seed  # the seed of an empty line
+    while True:
+        try:
+            line = input("> ")
+            prompt, seed = (line, arguments.seed) if line else (prompt, untold)
+            untold = seed + arguments.num_samples
+            tell_aloud(model, replace(arguments, prompt=prompt, seed=seed))
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print()
 
 
 def tell_aloud(model, arguments: Arguments) -> None:

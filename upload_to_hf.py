@@ -45,10 +45,12 @@ class Arguments:
     it the card names none."""
     gguf: Literal["f16", "f32", "none"] = "f16"
     """Precision of StoryGPT.gguf, the model for Ollama and llama.cpp; none leaves it out."""
+    space: bool = False
+    """Also publish the page of space/ as the Space owner/name-space, which shows the model."""
     dry_run: bool = False
     """Build the folder in output_dir and stop: no token, no network."""
     output_dir: Path | None = None
-    """Empty or new folder to build in; without it, a temporary one."""
+    """Empty or new folder to build in, else a temporary one; the Space's has -space after it."""
     seed: int = 1337
     """Seed of the first story in the model card."""
 
@@ -223,6 +225,17 @@ def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dic
     model_card(arguments, checkpoint, meta, model, plot.is_file()).save(folder / "README.md")
 
 
+def build_space(folder: Path, repo_id: str) -> None:
+    """Makes `folder`, with all files of a Space that shows the model `repo_id`."""
+    from huggingface_hub import metadata_load, metadata_save
+
+    folder.mkdir()
+    for name in ("app.py", "requirements.txt", "README.md"):
+        shutil.copyfile(ROOT / "space" / name, folder / name)
+    own = {"title": repo_id.split("/")[1], "models": [repo_id]}
+    metadata_save(folder / "README.md", metadata_load(folder / "README.md") | own)
+
+
 # --- The command ---
 
 
@@ -265,19 +278,25 @@ def main() -> None:
             "--data_dir says where it is"
         )
     token = None if arguments.dry_run else find_token(arguments.token)
-    with scratch_folder(output_dir) as scratch:
-        folder = Path(scratch) / "repo"
+    space_dir = Path(f"{output_dir}-space") if output_dir and arguments.space else None
+    with scratch_folder(output_dir) as scratch, scratch_folder(space_dir) as space_scratch:
+        folder, space = Path(scratch) / "repo", Path(space_scratch) / "repo"
         folder.mkdir()
         print("building the model repo, and telling three stories for its card")
         build_folder(folder, arguments, checkpoint, meta)
-        if output_dir:
-            folder = folder.replace(output_dir)
-        if arguments.dry_run:
-            print(f"built in {output_dir}; publish it without --dry_run")
-            return
-        message = "Upload StoryGPT: weights, code, tokenizer and model card"
-        url, changed = publish(folder, arguments.repo_id, token, arguments.private, message)
-        print(f"{'published:' if changed else 'nothing changed:'} {url}")
+        repos = [("model", arguments.repo_id, folder, output_dir)]
+        if arguments.space:
+            build_space(space, arguments.repo_id)
+            repos.append(("space", f"{arguments.repo_id}-space", space, space_dir))
+        for kind, repo_id, built, place in repos:
+            folder = built.replace(place) if place else built
+            if arguments.dry_run:
+                print(f"built in {folder}; publish it without --dry_run")
+            else:
+                url, changed = publish(folder, repo_id, token, arguments.private, kind)
+                print(f"{'published:' if changed else 'nothing changed:'} {url}")
+    if arguments.space and arguments.private:
+        print(f"to read {arguments.repo_id} the Space needs a secret HF_TOKEN, in its settings")
 
 
 if __name__ == "__main__":

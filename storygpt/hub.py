@@ -91,39 +91,49 @@ def retry(call: Callable[[], object]):
 
 
 def publish(
-    folder: Path, repo_id: str, token: str, private: bool, message: str
+    folder: Path, repo_id: str, token: str, private: bool, kind: str = "model"
 ) -> tuple[str, bool]:
-    """Sends `folder`, which has a README.md, as one commit to a model repo, made if need be.
+    """Sends `folder`, which has a README.md, as one commit to a repo, made if need be.
 
-    Returns the repo's address, and whether anything was new to it. Raises InputError.
+    `kind` is model, or space for one of Gradio. Returns the repo's address, and whether anything
+    was new to it. Raises InputError.
     """
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import HfApi, RepoCard
 
-    api, card = HfApi(token=token), ModelCard.load(folder / "README.md")
+    api, card = HfApi(token=token), RepoCard.load(folder / "README.md")
     if not api.endpoint.startswith(("https://", "http://")):
         raise InputError(f"HF_ENDPOINT {api.endpoint} is no address: begin it with https://")
 
     def open_repo():
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        return api.model_info(repo_id)
+        sdk = "gradio" if kind == "space" else None
+        api.create_repo(
+            repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk
+        )
+        return api.repo_info(repo_id, repo_type=kind)
 
     def upload():
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        return api.upload_folder(
+            repo_id=repo_id,
+            repo_type=kind,
+            folder_path=folder,
+            commit_message=f"Upload StoryGPT's {kind}",
+        )
 
     try:
         try:
-            retry(card.validate)
+            retry(lambda: card.validate(repo_type=kind))
         except ValueError as error:  # with the server's JSON
             messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
             reasons = "; ".join(map(json.loads, messages)) or str(error)
-            raise InputError(f"the Hub refuses the model card: {reasons}") from error
+            raise InputError(f"the Hub refuses the {kind} card: {reasons}") from error
         before = retry(open_repo)
         if private and not before.private:
             raise InputError(
                 f"{repo_id} exists and is public: make it private in its settings on the Hub, "
                 "leave out --private, or pass another --repo_id"
             )
-        return f"{api.endpoint}/{repo_id}", retry(upload).oid != before.sha
+        place = f"spaces/{repo_id}" if kind == "space" else repo_id
+        return f"{api.endpoint}/{place}", retry(upload).oid != before.sha
     except InputError:
         raise
     except Exception as error:  # the Hub's client's own, and those of the layers below it

@@ -19,8 +19,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_loopbackTokenThatNobodyMaySee"
+FILE = r"(?P<rev>[^/]+)/(?P<path>.+)"
 REPO = r"(?P<id>[^/]+/[^/]+)"
-API = rf"/api/(?P<kind>models|datasets)/{REPO}"
+API = rf"/api/(?P<kind>models|datasets|spaces)/{REPO}"
 
 
 @dataclass
@@ -216,21 +217,27 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{request['organization']}/{request['name']}"
         if request["organization"] != "you":
             raise Refusal(403, f"you may not create repos of {request['organization']}")
-        url, key = f"{self.hub.url}/{name}", f"models/{name}"
+        kind = request.get("type") or "model"
+        if kind == "space" and request.get("sdk") != "gradio":
+            raise Refusal(400, "a space needs an sdk")
+        url, key = f"{self.hub.url}/{name}", f"{kind}s/{name}"
         with self.hub.lock:
             if key in self.hub.repos:
-                content = {"error": "You already created this model repo", "url": url}
+                content = {"error": f"You already created this {kind} repo", "url": url}
                 return 409, {}, json.dumps(content).encode()
             self.hub.repos[key] = Repo(private=request.get("visibility") == "private")
         return self.answer({"url": url, "name": name})
 
     def validate_yaml(self):
-        content = json.loads(self.body)["content"]
-        match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        body = json.loads(self.body)
+        match = re.match(r"---\n(.*?)\n---\n", body["content"], re.DOTALL)
         data = yaml.safe_load(match[1]) if match else None
-        language = data.get("language") if isinstance(data, dict) else None
-        if not re.fullmatch("[a-z]{2,3}", language or ""):
-            errors = [{"message": f'"language" with value "{language}" is not valid'}]
+        key, valid = "language", "[a-z]{2,3}"
+        if body["repoType"] == "space":
+            key, valid = "sdk", "gradio|docker|static"
+        value = data.get(key) if isinstance(data, dict) else None
+        if not re.fullmatch(valid, value or ""):
+            errors = [{"message": f'"{key}" with value "{value}" is not valid'}]
             return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
         return self.answer({"errors": [], "warnings": []})
 
@@ -367,5 +374,5 @@ class Handler(BaseHTTPRequestHandler):
         rf"GET {API}": info,
         rf"GET {API}/revision/(?P<rev>[^/]+)": info,
         rf"GET {API}/tree/(?P<rev>[^/]+)(/(?P<under>.+))?": tree,
-        rf"(GET|HEAD) (/(?P<prefix>datasets))?/{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)": resolve,
+        rf"(GET|HEAD) (/(?P<prefix>datasets|spaces))?/{REPO}/resolve/{FILE}": resolve,
     }
