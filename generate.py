@@ -1,5 +1,9 @@
 """Script: tells stories with a trained checkpoint, each word as it comes."""
 
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+
+# isort: split
+
 import sys
 import time
 from contextlib import suppress
@@ -8,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from config import check_whole
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 

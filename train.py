@@ -130,6 +130,8 @@ def parse_arguments() -> tuple[Arguments, dict | None, tuple | None]:
         folder.check_same_run(resumed, arguments.gpt, training, start and start[2])
     else:
         folder.check_unused()
+    if first.resume and Processes().is_main:
+        print(f"resuming after step {resumed['step']:,}" if resumed else "starting a new run")
     return arguments, resumed, start
 
 
@@ -144,6 +146,7 @@ def set_up(
     dtype = pick_dtype(config.dtype, device)
     check_fits(gpt, config.batch_size, device)
 
+    start_weights = fit_start(start, gpt) if start else None
     meta = load_meta(arguments.data_dir, gpt.vocab_size)
     remembered = {"data": data_fingerprint(meta), "dtype": dtype_name(dtype), "run_id": ""}
     if resumed:
@@ -163,7 +166,7 @@ def set_up(
     if resumed:
         state.load(resumed, arguments.checkpoint_dir / LATEST)
     elif start:
-        load_weights(model, fit_start(start, gpt), arguments.init_from)
+        load_weights(model, start_weights, arguments.init_from)
     remembered["init_from"] = resumed.get("init_from") if resumed else start and start[2]
     if arguments.tracker != "none":
         remembered["run_id"] = (resumed or {}).get("run_id") or secrets.token_hex(4)

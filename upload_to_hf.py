@@ -3,6 +3,10 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+
+# isort: split
+
 import math
 import re
 import shutil
@@ -14,7 +18,6 @@ from string import Template
 from typing import Literal
 
 from config import InputError, check_whole
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 

@@ -169,5 +169,6 @@ def fail(message: str) -> None:
     """
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    others = "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-    sys.exit(1 if others else f"error: {message}")
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    muted = "RANK" in os.environ and local_rank.isdigit() and int(local_rank) > 0
+    sys.exit(1 if muted else f"error: {message}")

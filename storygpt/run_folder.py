@@ -179,7 +179,8 @@ class RunFolder:
         Raises InputError where another process has it, or metrics.jsonl is spoiled.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.directory / ".lock")  # ends with its process, however that ends
+        # Ends with its process, however that ends: a lock that is a file's existence would not.
+        self.lock = FileLock(self.directory / ".lock", fallback_to_soft=False)
         try:
             self.lock.acquire(blocking=False)
         except Timeout as error:
@@ -187,8 +188,8 @@ class RunFolder:
                 f"another process is training in {self.directory}: wait for it, or pass another "
                 "--checkpoint_dir"
             ) from error
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
                 raise
             print(
                 f"{self.directory} is on a disk without locks: nothing keeps a second run out",

@@ -1,0 +1,450 @@
+"""Runs as strangers have them: leftovers, schedulers, terminals, disks; each a public report."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, python
+
+from storygpt import checkpoint as checkpoint_module
+from storygpt.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from storygpt.metrics import start_tracker
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def metrics_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder) -> list[float]:
+    return [line["train_loss"] for line in metrics_of(folder)]
+
+
+@pytest.fixture
+def flags(data_dir, tmp_path) -> list:
+    return [*TINY, "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+
+
+@pytest.fixture
+def copy_of_run(run_dir, tmp_path):
+    """A finished run of 20 steps that a test may spoil."""
+    subprocess.run(["cp", "-r", run_dir, tmp_path / "run"], check=True)
+    return tmp_path / "run"
+
+
+# --- What a launcher left or did not say ---
+
+
+def test_a_leftover_world_size_changes_nothing(script, flags, run_dir, tmp_path):
+    result = script("train.py", *flags, WORLD_SIZE="2", LOCAL_RANK="1")
+    assert result.code == 0, result.output
+    assert losses_of(tmp_path / "run") == losses_of(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0"}, "without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (dict.fromkeys(LAUNCHED, "x"), "no numbers in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT"),
+        (dict.fromkeys(LAUNCHED, "3") | {"LOCAL_RANK": "0"}, "RANK 3 is not below WORLD_SIZE 3"),
+    ],
+)
+def test_a_launcher_that_says_half_is_named(environment, says, fails, flags):
+    fails("train.py", *flags, says=says, **environment)
+
+
+def test_the_second_node_tells_its_mistake_too(script, flags):
+    environment = dict(zip(LAUNCHED, ("1", "0", "2", "127.0.0.1", "1"), strict=True))
+    for local_rank, heard in (("0", True), ("1", False)):
+        environment["LOCAL_RANK"] = local_rank
+        result = script("train.py", *flags, "--device", "tpu", **environment)
+        assert result.code == 1 and ("is no device" in result.output) == heard
+
+
+# --- metrics.jsonl, leftovers, two runs in one folder ---
+
+
+def test_a_byte_order_mark_loses_no_metrics(script, copy_of_run, data_dir):
+    path = copy_of_run / "metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + before + b'{"step": 21, "tok')  # and half a line
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run)
+    assert result.code == 0, result.output
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1}'])
+def test_a_spoiled_line_is_named_and_the_file_untouched(line, fails, copy_of_run, data_dir):
+    path = copy_of_run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:6], line, *lines[6:]]) + "\n")
+    before = path.read_bytes()
+    flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run]
+    fails("train.py", *flags, says="line 7 of ")
+    assert path.read_bytes() == before
+
+
+def test_missing_metrics_are_said(script, copy_of_run, data_dir):
+    (copy_of_run / "metrics.jsonl").unlink()
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run)
+    assert result.code == 0 and "metrics.jsonl is missing" in result.output
+
+
+def test_metrics_without_checkpoints_count_as_a_run(fails, flags, copy_of_run):
+    for path in copy_of_run.glob("*.pt"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in copy_of_run.iterdir()}
+    fails("train.py", *flags, says="already holds a run (metrics.jsonl)")
+    fails("train.py", *flags, "--resume", says="from which alone a run can be resumed")
+    assert {path: path.read_bytes() for path in copy_of_run.iterdir()} == before
+
+
+def test_two_runs_in_one_folder(script, fails, flags, tmp_path):
+    first = script.start("train.py", *flags, "--max_steps", "2000")
+    while not (tmp_path / "run" / "StoryGPT_latest.pt").exists():
+        assert first.is_alive(), first.output.read_text()
+        time.sleep(0.01)
+    fails("train.py", *flags, "--max_steps", "2000", "--resume", says="another process is training")
+    os.kill(first.pid, signal.SIGKILL)  # the lock dies with its process
+    first.join()
+    result = script("train.py", *flags, "--max_steps", "20", "--resume")
+    assert "another process" not in result.output
+
+
+def test_a_disk_without_locks_is_a_warning(script, flags, tmp_path):
+    """A stand-in for such a disk: flock answers as one does."""
+    code = (
+        "import fcntl, runpy, sys\n"
+        "def flock(*_): raise OSError(38, 'Function not implemented')\n"
+        "fcntl.flock = flock\n"
+        f"sys.argv = ['train.py', *{[str(flag) for flag in flags]!r}]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "disk without locks" in result.stderr and len(metrics_of(tmp_path / "run")) == 20
+
+
+def test_only_our_own_leftovers_go(script, flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    mine = [tmp_path / "run" / name for name in (".notes.tmp", ".StoryGPT_ideas.txt.tmp")]
+    ours = tmp_path / "run" / ".StoryGPT_latest.pt.abcd_123.tmp"
+    for path in (*mine, ours):
+        path.write_text("x")
+    assert script("train.py", *flags).code == 0
+    assert all(path.exists() for path in mine) and not ours.exists()
+
+
+# --- Divergence and memory ---
+
+
+def test_what_is_not_finite_is_never_saved(fails, flags, tmp_path):
+    for steps in ("1", "12"):
+        these = [*flags, "--max_steps", steps, "--warmup_steps", "0", "--eval_interval", "1"]
+        these += ["--learning_rate", "1e30", "--grad_clip", "0"]
+        fails("train.py", *these, says="no step was saved")
+        assert not (tmp_path / "run" / "StoryGPT_best.pt").exists()
+        latest = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")
+        assert latest["step"] == 0
+        assert all(w.isfinite().all() for w in latest["model_state_dict"].values())
+
+
+def test_a_run_that_made_no_step_stops_no_other(fails, script, flags, tmp_path):
+    """Two limited address spaces: the first suffices for set-up, not for so large a batch."""
+    large = [*flags, "--batch_size", "20000", "--gradient_accumulation_steps", "3"]
+    code = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4_500_000_000,) * 2)\n"
+        f"sys.argv = ['train.py', *{[str(flag) for flag in large]!r}]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    result = python("-c", code)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "--batch_size 10000 --gradient_accumulation_steps 6" in result.stderr
+    result = script("train.py", *flags)  # the corrected command
+    assert result.code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--n_layer", "1000", "--n_embd", "65536"], "pass a smaller --n_layer or --n_embd"),
+        (["--batch_size", "2000000000"], "pass a smaller --batch_size"),
+        (["--batch_size", "99999999999999999999"], "is over 2147483647"),
+        (["--seed", str(2**64)], f"is over {2**63 - 1}"),
+        (["--max_hours", "nan"], "max_hours must be above 0"),
+        (["--save_minutes", "inf"], "save_minutes must be a number of at least 0"),
+        (["--keep_interval", "-1"], "keep_interval must be a whole number of at least 0"),
+    ],
+)
+def test_numbers_that_no_machine_holds_are_named_before_any_work(changes, says, fails, flags):
+    fails("train.py", *flags, *changes, says=says, timeout=30)
+
+
+# --- Terminals, disks ---
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"MPLBACKEND": "module://matplotlib_inline.backend_that_is_not_there"},
+        {"PYTHONIOENCODING": "cp1252:strict"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+    ],
+)
+def test_what_decorates_ends_no_run(environment, flags, tmp_path):
+    environment = os.environ | environment
+    result = python("train.py", *flags, env=environment, encoding="cp1252")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert len(metrics_of(tmp_path / "run")) == 20
+    best = ("--checkpoint", tmp_path / "run" / "StoryGPT_best.pt", "--max_new_tokens", 5)
+    told = python("generate.py", *best, "--prompt", "日本 é", env=environment, encoding="cp1252")
+    assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "train.py", *map(str, flags)]
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
+        assert len(metrics_of(tmp_path / "run")) == 20
+        command = [sys.executable, "generate.py", "--checkpoint"]
+        command.append(str(tmp_path / "run" / "StoryGPT_best.pt"))
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr and "No space left" in done.stderr
+
+
+def test_closed_output_ends_no_run(flags, tmp_path):
+    command = shlex.join([sys.executable, "train.py", *map(str, flags)])
+    assert subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=ROOT).returncode == 0
+    assert len(metrics_of(tmp_path / "run")) == 20
+
+
+def test_a_disk_that_syncs_no_folders_and_sets_no_modes_gets_its_file(tmp_path, monkeypatch):
+    """A stand-in for CIFS and FUSE, which this machine has not."""
+    sync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(22, "Invalid argument")
+        sync(descriptor)
+
+    def refused(*_) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint_module.os, "fsync", of_files_only)
+    monkeypatch.setattr(checkpoint_module.os, "chmod", refused)
+    write_atomically(tmp_path / "a", lambda file: file.write(b"whole"))
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_another_precision_on_resume_is_said(script, flags, data_dir, tmp_path):
+    """As when `auto` was bfloat16 on the first machine and float16 here, told by its own file."""
+    flags = [*flags, "--dtype", "auto"]
+    process = script.start("train.py", *flags, "--max_steps", "60", "--eval_interval", "60")
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics_of(tmp_path / "run"):
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    latest = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")
+    scale = torch.amp.GradScaler("cpu").state_dict()
+    latest |= {"dtype": "float16", "scaler_state_dict": scale}
+    save_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt", latest)
+    command = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+    result = script("train.py", *command)
+    assert result.code == 0 and "this run was in float16 and goes on in" in result.output
+
+
+# --- Signals and commands ---
+
+
+def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train.py", *map(str, flags), "--max_steps", "5000"]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    path = tmp_path / "run" / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 5:
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    for pid in [launcher.pid, *map(int, workers.stdout.split())]:
+        os.kill(pid, signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    last = metrics_of(tmp_path / "run")[-1]["step"]
+    assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == last < 5000
+
+
+def test_printed_commands_work_when_pasted(script, data_dir, tmp_path):
+    folder = tmp_path / "a run; with 'quotes'"
+    flags = [*TINY, "--max_steps", "60", "--data_dir", data_dir, "--checkpoint_dir", folder]
+    process = script.start("train.py", *flags)
+    while not (folder / "metrics.jsonl").exists() or not metrics_of(folder):
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    command = re.search(r"continue with: python (.*)", process.output.read_text())[1]
+    done = subprocess.run(f"{sys.executable} {command}", shell=True, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(folder)[-1]["step"] == 60
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("train", "libtorch_cpu"),
+        ("evaluate", "libtorch_cpu"),
+        ("generate", "libtorch_cpu"),
+        ("upload_to_hf", "libtorch_cpu"),
+        ("prepare_data", "_multiarray_umath"),
+    ],
+)
+def test_ctrl_c_while_libraries_load_is_quiet(name, library, tmp_path):
+    """Sent when the first large library has been mapped, in the middle of the imports."""
+    command = [sys.executable, f"{name}.py"]
+    if name == "upload_to_hf":
+        command += ["--repo_id", "a/b", "--dry_run", "--output_dir", str(tmp_path / "a")]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **output)
+    while process.poll() is None:
+        with open(f"/proc/{process.pid}/maps") as maps:
+            if library in maps.read():
+                break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output, output
+
+
+# --- What people do every day ---
+
+
+def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(
+    script, flags, run_dir, tmp_path
+):
+    for stop in (True, False):
+        process = script.start("train.py", *flags, "--resume")
+        if stop:
+            while (
+                not (tmp_path / "run" / "metrics.jsonl").exists()
+                or len((tmp_path / "run" / "metrics.jsonl").read_bytes()) < 2
+            ):
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        said = process.output.read_text()
+        assert ("starting a new run" in said) == stop and ("resuming after step" in said) != stop
+    assert losses_of(tmp_path / "run") == losses_of(run_dir)
+
+
+def test_max_hours_stops_in_time_and_says_that_there_is_more(script, flags, tmp_path):
+    flags = [*flags, "--max_steps", "100000", "--resume"]
+    start = time.monotonic()
+    result = script("train.py", *flags, "--max_hours", str(15 / 3600))
+    assert result.code == 75 and "continue with: python train.py --resume" in result.output
+    assert time.monotonic() - start < 30
+    step = metrics_of(tmp_path / "run")[-1]["step"]
+    assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == step > 0
+
+
+def test_weights_are_kept_and_stories_told_over_training(script, flags, tmp_path):
+    result = script("train.py", *flags, "--keep_interval", "5")
+    assert result.code == 0, result.output
+    kept = sorted(path.name for path in (tmp_path / "run").glob("StoryGPT_step_*.pt"))
+    assert kept == [f"StoryGPT_step_{n:06}.pt" for n in (5, 10, 15, 20)]
+    assert load_checkpoint(tmp_path / "run" / kept[1])["step"] == 10
+    assert [bool(line.get("sample")) for line in metrics_of(tmp_path / "run")].count(True) == 2
+    assert re.search(r"tokens/s with saves and evaluations, [\d.]+ GB", result.output)
+
+
+def test_after_twenty_steps_it_says_how_long(script, flags):
+    result = script("train.py", *flags, "--max_steps", "30")
+    assert re.search(r"about \d+:\d\d:\d\d to go at [\d,]+ tokens/s, [\d.]+ GB", result.output)
+
+
+def test_a_tracker_gets_every_step_and_goes_on_when_resumed(script, flags, tmp_path):
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    folder = str(tmp_path / "trackio")
+    flags = [*flags, "--tracker", "trackio"]
+    result = script("train.py", *flags, TRACKIO_DIR=folder, HF_HUB_OFFLINE="1")
+    assert result.code == 0, result.output
+    assert trackio and list((tmp_path / "trackio").rglob("*.db"))
+
+
+def test_a_tracker_that_is_not_there_or_fails(fails, flags, tmp_path, monkeypatch, capsys):
+    fails("train.py", *flags, "--tracker", "wandb", says="pip install wandb", PYTHONPATH="") if (
+        subprocess.run([sys.executable, "-c", "import wandb"], capture_output=True).returncode
+    ) else None
+    (tmp_path / "wandb.py").write_text(  # one that breaks in mid-run
+        "class Run:\n"
+        "    def log(self, entry, step): raise ConnectionError('gone')\n"
+        "def init(**settings): return Run()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    track = start_tracker("wandb", {}, "id", tmp_path)
+    track({"step": 1})
+    track({"step": 2})
+    assert capsys.readouterr().err.count("wandb has failed and is off: gone") == 1
+
+
+# --- Starting from weights that exist ---
+
+
+def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, tmp_path):
+    flags = [*TINY, "--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt"]
+    flags += ["--learning_rate", "0.001", "--min_lr", "0.0001"]
+    result = script("train.py", *flags, "--checkpoint_dir", tmp_path / "whole")
+    assert result.code == 0, result.output
+    start = metrics_of(tmp_path / "whole")[0]
+    known = load_checkpoint(run_dir / "StoryGPT_best.pt")
+    assert start["step"] == 0 and start["val_loss"] == pytest.approx(known["val_loss"], rel=1e-6)
+    assert start["init_from"]["checkpoint"] == str(run_dir / "StoryGPT_best.pt")
+
+    process = script.start("train.py", *flags, "--checkpoint_dir", tmp_path / "stopped")
+    path = tmp_path / "stopped" / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 5:
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    flags += ["--resume", "--checkpoint_dir", tmp_path / "stopped"]  # the same command, requeued
+    result = script("train.py", *flags)
+    assert result.code == 0, result.output
+    ours, theirs = (
+        load_checkpoint(tmp_path / name / "StoryGPT_final.pt") for name in ("stopped", "whole")
+    )
+    assert ours["init_from"] == theirs["init_from"] == start["init_from"]
+    for name, weight in theirs["model_state_dict"].items():
+        assert torch.equal(ours["model_state_dict"][name], weight), name
+
+
+def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, run_dir, tmp_path):
+    flags = ["--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt", "--device", "cpu"]
+    flags += ["--checkpoint_dir", tmp_path / "run", "--batch_size", "2", "--eval_iters", "2"]
+    for changes, says in (
+        (["--n_layer", "3"], "has n_layer 2, not 3"),
+        (["--context_length", "65"], "has context_length 64, not 65"),
+        (["--vocab_size", "600"], "has vocab_size 512, not 600"),
+        (["--init_from", tmp_path / "none.pt"], "there is no checkpoint"),
+    ):
+        fails("train.py", *flags, *changes, says=says)
+    flags += ["--context_length", "32", "--dropout", "0", "--max_steps", "2", "--warmup_steps", "0"]
+    result = script("train.py", *flags)
+    assert result.code == 0, result.output
+    made = load_checkpoint(tmp_path / "run" / "StoryGPT_final.pt")
+    assert made["gpt_config"].context_length == 32 and made["gpt_config"].n_layer == 2
+    assert made["model_state_dict"]["wpe.weight"].shape == (32, 32)
