@@ -20,7 +20,7 @@ app: .venv/requirements-app
 	test -f checkpoints/demo/StoryGPT_best.pt || $(MAKE) demo
 	rm -rf checkpoints/demo/published
 	$(BIN)/python upload_to_hf.py --repo_id you/StoryGPT-demo $(BEST) $(DEMO) \
-		--dry_run --output_dir checkpoints/demo/published
+		--gguf none --dry_run --output_dir checkpoints/demo/published
 	$(BIN)/python space/app.py --model checkpoints/demo/published --open
 
 test: .venv/requirements-dev
@@ -42,6 +42,6 @@ lint: .venv/requirements-dev
 	$(BIN)/pip install --quiet --requirement space/requirements.txt
 	touch $@
 
-.venv/requirements-dev: requirements-dev.txt .venv/requirements
+.venv/requirements-dev: requirements-dev.txt space/requirements.txt .venv/requirements
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@

@@ -1,6 +1,14 @@
+import os
 import re
+import signal
+import sys
+import time
+
+import pytest
+from conftest import ROOT, python
 
 from storygpt.checkpoint import load_model
+from storygpt.telling import tell
 from storygpt.tokenizer import TextStream, load_tokenizer
 
 
@@ -55,6 +63,66 @@ def test_empty_prompt_and_greedy(script, run_dir):
     flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--prompt", "", "--temperature", 0)
     results = [told(script("generate.py", *flags, "--seed", seed)) for seed in (1, 2)]
     assert results[0] == results[1] and results[0].strip()
+
+
+def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(run_dir):
+    checkpoint = run_dir / "StoryGPT_best.pt"
+    flags = ("--checkpoint", checkpoint, "--max_new_tokens", 20, "--seed", 5, "--interactive")
+    result = python("generate.py", *flags, input="\nOne day\n\n\nTom 👦\n")
+    assert result.returncode == 0, result.stderr
+    model, _ = load_model(checkpoint)
+    asked = [("Once upon a time", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
+    stories = [tell(model, prompt, [seed], 20)[0][0] for prompt, seed in asked]
+    assert result.stdout == "".join(f"> {story}\n" for story in stories) + "> \n"
+
+
+def test_interactive_bytes_that_are_no_text_are_replaced(run_dir):
+    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--max_new_tokens", 1, "--interactive")
+    result = python("generate.py", *flags, input=b"\xff\n", text=False)
+    assert result.returncode == 0 and "> \ufffd".encode() in result.stdout, result.stderr
+
+
+def test_ctrl_c_ends_a_story_and_ctrl_d_the_program(run_dir):
+    pty = pytest.importorskip("pty")
+    checkpoint = run_dir / "StoryGPT_best.pt"
+    model, _ = load_model(checkpoint)
+    starts = ("The dog ran", "One day", "Once upon", "She saw", "A big", "Tom said")
+    endless = next(p for p in starts if not tell(model, p, [1337], 1000, 0)[0][1])
+    flags = ["--checkpoint", str(checkpoint), "--temperature", "0", "--max_new_tokens", "1000000"]
+    process, here = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "generate.py", "--interactive", *flags])
+    seen = b""
+
+    def wait_for(text: bytes, times: int = 1) -> None:
+        nonlocal seen
+        end = time.monotonic() + 120
+        while seen.count(text) < times and time.monotonic() < end:
+            seen += os.read(here, 4096)
+        assert seen.count(text) >= times, seen
+
+    try:
+        for story in (1, 2):
+            wait_for(b"> ", story)
+            os.write(here, endless.encode() + b"\n")
+            wait_for(endless.encode(), 2 * story)  # as typed, and as told
+            os.write(here, b"\x03")
+        wait_for(b"> ", 3)
+        os.write(here, b"\x03")  # and none while nothing is told
+        wait_for(b"> ", 4)
+        os.write(here, b"\x1b[A\n")  # the arrow up: the line before
+        wait_for(endless.encode(), 6)
+        os.write(here, b"\x03")
+        wait_for(b"> ", 5)
+        os.write(here, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        process = None
+    finally:
+        if process:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        os.close(here)
 
 
 def test_mistakes_are_named(fails, run_dir, tmp_path):
