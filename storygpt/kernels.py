@@ -15,18 +15,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         losses, x_grads = [], []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        vocab_size = len(weight)
-        # Tensor cores want rows of aligned length: the products are a little wider.
-        weight = F.pad(weight.to(x.dtype), (0, 0, 0, -vocab_size % 64)).requires_grad_()
+        vocab_size, weight = len(weight), weight.to(x.dtype)
+        if x.is_cuda:  # tensor cores want rows of aligned length: the products are a little wider
+            weight = F.pad(weight, (0, 0, 0, -vocab_size % 64))
         for chunk, chunk_targets in zip(x.split(rows), targets.split(rows), strict=True):
-            with torch.enable_grad():
-                chunk = chunk.detach().requires_grad_()
-                logits = F.linear(chunk, weight)[:, :vocab_size].float()
-                loss = F.cross_entropy(logits, chunk_targets, reduction="sum")
-            x_grad, chunk_weight_grad = torch.autograd.grad(loss, (chunk, weight))
-            losses.append(loss.detach())
-            x_grads.append(x_grad)
-            weight_grad += chunk_weight_grad[:vocab_size]
+            logits = F.linear(chunk, weight)
+            logits[:, vocab_size:] = -torch.inf
+            log_p = F.log_softmax(logits, -1, dtype=torch.float32)
+            losses.append(F.nll_loss(log_p, chunk_targets, reduction="sum"))
+            # The gradient of the logits is softmax minus one-hot; in place, so that a chunk has one
+            # float32 tensor of its logits' size and not two.
+            error = log_p.exp_()
+            error[torch.arange(len(chunk), device=x.device), chunk_targets] -= 1
+            error = error.to(x.dtype)
+            x_grads.append(error @ weight)
+            weight_grad += (error.T @ chunk)[:vocab_size]
         ctx.save_for_backward(torch.cat(x_grads), weight_grad)
         return torch.stack(losses).sum()
 
