@@ -257,14 +257,20 @@ def copy_stories(file: BinaryIO, encoded: Encoded, keep: np.ndarray, writer: Spl
     writer.count(keep.sum(), encoded.bytes[keep].sum())
 
 
-def encode_split(stories: Iterator[str], pool, path: Path, arguments: Arguments, bar) -> Encoded:
-    """Encodes all `stories` into the file `path`; returns what is kept of each, without the ids."""
+def encode_split(
+    stories: Iterator[str], pool: Executor, path: Path, arguments: Arguments, bar, seen: np.ndarray
+) -> Encoded:
+    """Encodes all `stories` into the file `path`; returns what is kept of each, without the ids.
+
+    Marks the ids that are used in `seen`, (vocab_size,) bool.
+    """
     none = np.empty(0, np.uint32)
     parts = [Encoded(np.empty(0, "<u2"), none, none, np.empty((0, 2), np.uint64))]
     with path.open("wb") as file:
         batches = batched(stories)
         for part in encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc):
             file.write(part.ids.data)
+            seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
             parts.append(part._replace(ids=parts[0].ids))  # a slice would keep all of them
             bar.update(len(part.tokens))
     return Encoded(*map(np.concatenate, zip(*parts, strict=True)))
@@ -341,10 +347,12 @@ def prepare(arguments: Arguments) -> dict:
         scratch = tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir)
         scratch = Path(stack.enter_context(scratch))
         total = arguments.max_stories or source.total
+        seen = np.zeros(arguments.vocab_size, bool)
         with progress_bar(total=total, unit=" stories", desc="encoding") as bar:
             for split, stories in source.splits.items():
                 stories = kept_stories(stories, arguments.max_stories, skipped)
-                read[split] = encode_split(stories, pool, scratch / f"{split}.ids", arguments, bar)
+                path = scratch / f"{split}.ids"
+                read[split] = encode_split(stories, pool, path, arguments, bar, seen)
         meta = {
             **pool.submit(describe_tokenizer, arguments.vocab_size).result(),
             "dataset": arguments.dataset,
@@ -353,11 +361,15 @@ def prepare(arguments: Arguments) -> dict:
             **write_splits(scratch, read, arguments),
         }
         install(scratch, data_dir, meta)
-    summarize(meta, source, skipped["empty"], time.perf_counter() - start, arguments)
+    summarize(
+        meta, source, skipped["empty"], int(seen.sum()), time.perf_counter() - start, arguments
+    )
     return meta
 
 
-def summarize(meta: dict, source: Stories, empty: int, seconds: float, arguments) -> None:
+def summarize(
+    meta: dict, source: Stories, empty: int, distinct: int, seconds: float, arguments: Arguments
+) -> None:
     """Prints what was read, what was not, and what the files hold."""
     counts = meta["splits"]
     total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
@@ -366,7 +378,8 @@ def summarize(meta: dict, source: Stories, empty: int, seconds: float, arguments
         print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
     repeated, in_train = meta["duplicates"].values()
     print(
-        f"{total['bytes'] / total['tokens']:.2f} bytes a token; {empty:,} empty stories skipped\n"
+        f"{total['bytes'] / total['tokens']:.2f} bytes a token, {distinct:,} distinct ids "
+        f"of {arguments.vocab_size:,}, {empty:,} empty stories skipped\n"
         f"duplicates: {repeated:,} train stories repeat another, {in_train:,} validation stories "
         "are in train, too" + ("; dropped from train" if meta["deduplicated"] else "")
     )
