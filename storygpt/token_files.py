@@ -205,6 +205,12 @@ def training_starts(
     return starts
 
 
+def split_stories(tokens: np.ndarray, end_of_text: int) -> list[np.ndarray]:
+    """The (tokens,) ids of each story, without its end-of-text."""
+    ends = np.flatnonzero(tokens == end_of_text)
+    return [story[:-1] for story in np.split(tokens, ends + 1)[: len(ends)]]
+
+
 def training_batch(
     tokens: np.ndarray,
     seed: int,
