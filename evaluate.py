@@ -28,7 +28,6 @@ from storygpt.measures import (
     LENGTHS,
     ROWS,
     Story,
-    cell,
     find_names,
     read_measures,
     read_story,

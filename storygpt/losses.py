@@ -83,7 +83,7 @@ IGNORED = -100  # a target that is not scored
 
 
 def logits_of(model: GPT) -> Callable[[Tensor], Iterator[Tensor]]:
-    """`model` as `story_losses` takes it: (B, T) int64 ids to (T, vocab_size) logits, row by row."""
+    """`model` as `story_losses` takes it: (B, T) ids to (T, vocab_size) logits, row by row."""
     return lambda idx: (model.lm_head(row) for row in model.hidden(idx))
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import tiktoken
@@ -81,10 +82,11 @@ def distinct(stories: Sequence[Story], n: int) -> np.ndarray:
     return np.array([mean(1 / count[gram] for gram in story) for story in grams])
 
 
-def repeats(stories: Sequence[Story]) -> np.ndarray:
-    """1 for a story that says the same sentence twice."""
-    said = [[tuple(words(part)) for part in sentences(story.text)] for story in stories]
-    return np.array([len(set(parts)) < len(parts) for parts in said], float)
+def said_again(stories: Sequence[Story]) -> np.ndarray:
+    """The share of a story's 3-grams of words that it has said before."""
+    told = [words(story.text) for story in stories]
+    grams = [list(zip(text, text[1:], text[2:], strict=False)) for text in told]
+    return np.array([1 - len(set(each)) / len(each) if each else math.nan for each in grams])
 
 
 def well_formed(stories: Sequence[Story]) -> np.ndarray:
@@ -107,12 +109,12 @@ def named(story: Story, names: set[str]) -> tuple[list[str], list[str], list[str
     None of them in a story of fewer than three sentences.
     """
     parts = sentences(story.text)
+    if len(parts) < 3:
+        return [], [], []
     said = [[word for word in re.findall(r"\w+", part) if word in names] for part in parts]
     last = len(parts) - len(parts) // 3
-    first, final, between = said[:2], said[last:], said[2:last]
-    if len(parts) < 3:
-        first = final = between = []
-    return sum(first, []), sum(final, []), sum(between, [])
+    first, final, between = (list(chain(*x)) for x in (said[:2], said[last:], said[2:last]))
+    return first, final, between
 
 
 def returns(stories: Sequence[Story], names: set[str]) -> np.ndarray:
@@ -168,7 +170,7 @@ ROWS = {
     "length": Row("length, median", "words", np.median, told_apart=False),
     "spread": Row("length, middle half", "words", middle_half, told_apart=False),
     **{f"distinct_{n}": Row(f"distinct {n}-grams of words") for n in (1, 2, 3)},
-    "repeats": Row("stories that say a sentence twice"),
+    "said_again": Row("3-grams of words said before in the story"),
     **{f"copied_{n}": Row(f"tokens in runs of {n} or more from train.bin") for n in LENGTHS},
     "well_formed": Row("sentences with a capital and a mark"),
     "returns": Row("a name of the opening comes back at the end"),
@@ -185,7 +187,7 @@ def read_measures(stories: Sequence[Story], names: set[str]) -> dict[str, np.nda
         "length": length(stories),
         "spread": length(stories),
         **{f"distinct_{n}": distinct(stories, n) for n in (1, 2, 3)},
-        "repeats": repeats(stories),
+        "said_again": said_again(stories),
         "well_formed": well_formed(stories),
         "returns": returns(stories, names),
         "taken_over": taken_over(stories, names),
@@ -211,7 +213,9 @@ def table(columns: dict[str, dict[str, list[float] | None]]) -> str:
             cells = [cell(row, column.get(name)) for column in columns.values()]
             lines.append([f"{row.label}, {row.unit}", *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
+    padded = [
+        [text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
@@ -229,16 +233,19 @@ def cell(row: Row, numbers: list[float] | None) -> str:
 
 def shuffle_sentences(stories: Sequence[Story], tokenizer: tiktoken.Encoding, seed: int):
     """As many stories of as many sentences each, which are drawn from all stories: [Story]."""
-    return _deal([sentences(story.text) for story in stories], stories, tokenizer, seed)
+    return deal([sentences(story.text) for story in stories], stories, tokenizer, seed)
 
 
 def shuffle_words(stories: Sequence[Story], tokenizer: tiktoken.Encoding, seed: int):
     """As many stories of as many words each, which are drawn from all stories: [Story]."""
-    return _deal([story.text.split() for story in stories], stories, tokenizer, seed)
+    return deal([story.text.split() for story in stories], stories, tokenizer, seed)
 
 
-def _deal(parts: list[list[str]], stories, tokenizer: tiktoken.Encoding, seed: int) -> list[Story]:
-    deck = np.random.default_rng(seed).permutation(np.array(sum(parts, []), object))
+def deal(
+    parts: list[list[str]], stories: Sequence[Story], tokenizer: tiktoken.Encoding, seed: int
+) -> list[Story]:
+    """Stories of as many parts each, shuffled among all."""
+    deck = np.random.default_rng(seed).permutation(np.array([*chain(*parts)], object))
     hands = np.split(deck, np.cumsum([len(each) for each in parts]))[:-1]
     texts = [" ".join(hand) for hand in hands]
     return [
