@@ -17,7 +17,7 @@ import tiktoken
 import torch
 
 from config import InputError, check_whole
-from model import GPT, check_sampling, sample
+from model import GPT, check_sampling
 from storygpt.builtin_stories import keeps_hero_and_object
 from storygpt.checkpoint import load_model, write_atomically
 from storygpt.copies import CopySearch, read_chunks
@@ -37,7 +37,7 @@ from storygpt.measures import (
     summarize,
     table,
 )
-from storygpt.telling import TEMPERATURE, TOP_K
+from storygpt.telling import TEMPERATURE, TOP_K, tell_from
 from storygpt.token_files import (
     bits_per_byte,
     data_fingerprint,
@@ -46,8 +46,6 @@ from storygpt.token_files import (
     split_stories,
 )
 from storygpt.tokenizer import load_tokenizer
-
-TELL_AT_ONCE = 100  # stories, in one batch
 
 
 @dataclass(frozen=True)
@@ -126,43 +124,6 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
 # --- How its stories read ---
 
 
-@torch.no_grad()
-def tell(
-    model: GPT, prompts: list[list[int]], end_of_text: int, arguments: Arguments
-) -> list[list[int]]:
-    """The ids of a story for each of `prompts`, which begin it after an end-of-text, to where it
-    ends or the context does.
-
-    Prompts of different lengths go side by side: while one lasts, its tokens stand in for what
-    was drawn.
-    """
-    device, context_length = model.wte.weight.device, model.config.context_length
-    sampling = (arguments.temperature, arguments.top_k, arguments.top_p)
-    generator = torch.Generator(device).manual_seed(arguments.seed)
-    told = []
-    for first in progress_bar(
-        iterable=range(0, len(prompts), TELL_AT_ONCE), unit=" batches", desc="telling", leave=False
-    ):
-        batch = prompts[first : first + TELL_AT_ONCE]
-        ids = torch.full((len(batch), context_length + 1), end_of_text)
-        given = torch.zeros_like(ids, dtype=torch.bool)
-        for i, prompt in enumerate(batch):
-            prompt = torch.tensor(prompt[:context_length], dtype=torch.int64)
-            ids[i, 1 : 1 + len(prompt)] = prompt
-            given[i, 1 : 1 + len(prompt)] = True
-        ids, given, cache = ids.to(device), given.to(device), model.new_cache()
-        ended = torch.zeros(len(batch), dtype=torch.bool, device=device)
-        for t in range(context_length):
-            logits = model.lm_head(model.hidden(ids[:, t : t + 1], cache)[:, 0])
-            drawn = sample(logits, *sampling, generator)[:, 0]
-            ids[:, t + 1] = torch.where(given[:, t + 1], ids[:, t + 1], drawn)
-            ended |= ids[:, t + 1] == end_of_text
-            if ended.all():
-                break
-        told += ids[:, 1:].tolist()
-    return told
-
-
 def collect(
     model: GPT, meta: dict, tokenizer: tiktoken.Encoding, arguments: Arguments
 ) -> dict[str, list[Story]]:
@@ -181,14 +142,14 @@ def collect(
     held_out = [read_story(ids, tokenizer, context_length) for ids in whole]
     openings = [tokenizer.encode_ordinary(sentences(story.text)[0]) for story in held_out]
     pack_linears(model)
-    told = {
-        "told from nothing": tell(model, [[]] * number, end_of_text, arguments),
-        "told from first sentences": tell(model, openings, end_of_text, arguments),
-    }
-    sets = {
-        title: [read_story(ids, tokenizer, context_length) for ids in each]
-        for title, each in told.items()
-    }
+    sampling = (arguments.temperature, arguments.top_k, arguments.top_p)
+    sets = {}
+    for title, prompts in (
+        ("told from nothing", [[]] * number),
+        ("told from first sentences", openings),
+    ):
+        told = tell_from(model, prompts, end_of_text, seed, *sampling)
+        sets[title] = [read_story(ids, tokenizer, context_length) for ids in told]
     sets["held-out"] = held_out
     if arguments.controls:
         sets["sentences shuffled"] = shuffle_sentences(held_out, tokenizer, seed)
@@ -202,6 +163,7 @@ def judge(
     """Of each set the rows of its column, and the longest run that it shares with train.bin."""
     tokenizer, end_of_text = load_tokenizer(model.config.vocab_size), meta["end_of_text"]
     alone = (end_of_text, model.config.context_length, arguments.batch_size)
+    load_tokens(arguments.data_dir, "train", meta, 1, verify=False)  # raises where it is cut
     train = arguments.data_dir / "train.bin"
     names = find_names(tokenizer.decode(next(read_chunks(train, 1)).tolist()))
 
