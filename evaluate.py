@@ -34,9 +34,10 @@ from storygpt.measures import (
     sentences,
     shuffle_sentences,
     shuffle_words,
+    story_table,
     summarize,
-    table,
 )
+from storygpt.sources import BUILTIN
 from storygpt.telling import TEMPERATURE, TOP_K, tell_from
 from storygpt.token_files import (
     bits_per_byte,
@@ -75,7 +76,8 @@ class Arguments:
     """Also measure held-out stories with their sentences, or words, shuffled among all of them:
     what each row makes of stories that are none."""
     output: Path | None = None
-    """Where to write all figures as FILE.json, and a plot of the rows as FILE.png."""
+    """Where to write all figures as FILE.json, and a plot of the rows as FILE.png. upload_to_hf.py
+    puts those of an evaluation.json beside the checkpoint on its model card."""
     seed: int = 1337
     """Seed of the stories and intervals; the loss needs none."""
 
@@ -185,7 +187,7 @@ def judge(
         values = read_measures(stories, names)
         values |= {f"copied_{n}": search.share(n) for n in LENGTHS}
         values["loss"] = np.where(sizes > 0, nats / math.log(2) / sizes.clip(min=1), math.nan)
-        if meta["dataset"] in ("builtin", "sample"):
+        if meta["dataset"] in BUILTIN:
             kept = [story.ended and keeps_hero_and_object(story.text) for story in stories]
             values["keeps"] = np.array(kept, float)
         columns[title] = {name: summarize(name, x, arguments.seed) for name, x in values.items()}
@@ -251,7 +253,8 @@ def main() -> None:
             "columns": columns,
             "longest_copy": longest,
         }
-        print(f"\n{arguments.num_stories} stories each, with 95 % intervals:\n\n{table(columns)}\n")
+        print(f"\n{arguments.num_stories} stories each, with 95 % intervals:\n")
+        print(f"{story_table(columns)}\n")
         for title, copy in longest.items():
             print(f"longest run from train.bin, {title}: {copy['tokens']} tokens {copy['text']!r}")
     if arguments.output:

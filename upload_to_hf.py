@@ -3,6 +3,7 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
+import json
 import math
 import re
 import shutil
@@ -35,7 +36,8 @@ class Arguments:
     private: bool = False
     """Only you can see the repo."""
     checkpoint: Path = DEFAULT_CHECKPOINT
-    """Checkpoint to publish; a loss_plot.png beside it is published too."""
+    """Checkpoint to publish; a loss_plot.png beside it is published too, and an evaluation.json
+    that `evaluate.py --output` wrote of it becomes a table of the card."""
     data_dir: Path = Path("data")
     """Folder of the data it was trained on: its meta.json goes into the model card."""
     language: str = "en"
@@ -119,6 +121,17 @@ def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int
     return metrics
 
 
+def reading(checkpoint: dict, meta: dict, path: Path) -> dict:
+    """What evaluate.py wrote to `path` of stories told by these weights; empty if it did not."""
+    from storygpt.token_files import data_fingerprint
+
+    try:
+        report, own = json.loads(path.read_text(encoding="utf-8")), data_fingerprint(meta)
+        return report if (report["step"], report["data"]) == (checkpoint["step"], own) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is another's
+        return {}
+
+
 def quote(story: str) -> str:
     """A story as a Markdown quotation in which nothing is markup."""
     escaped = re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", story)
@@ -142,6 +155,7 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from storygpt.kernels import pack_linears
+    from storygpt.measures import story_table
     from storygpt.sources import BUILTIN
     from storygpt.telling import PROMPT, tell
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
@@ -172,6 +186,7 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     size, seeds = model.num_parameters(), range(arguments.seed, arguments.seed + 3)
     pack_linears(model)  # as generate.py does
     told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
+    report = reading(checkpoint, meta, arguments.checkpoint.parent / "evaluation.json")
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
     is_whole = config.vocab_size == GPT2_VOCAB_SIZE  # tiktoken has no other
     body = fill(
@@ -193,6 +208,9 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         cut_vocabulary=not is_whole,
         stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
+        reading=story_table(report["columns"]) if "columns" in report else "",
+        num_judged=report.get("num_stories"),
+        temperature=report.get("temperature"),
         windows=f"{recipe.eval_iters * recipe.batch_size:,}",
         context_length=config.context_length,
         meta=meta,

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError
 from storygpt.checkpoint import write_atomically
 from storygpt.cli import parse_flags, run
-from storygpt.measures import ROWS, table
+from storygpt.measures import ROWS, story_table
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main() -> None:
     if any(report[over] is None for report in reports):
         raise InputError(f"an evaluation has no {over}: leave it out")
     columns = {f"{over} {report[over]:,}": report["columns"][column] for report in reports}
-    print(table(columns | {"held-out": reports[-1]["columns"]["held-out"]}))
+    print(story_table(columns | {"held-out": reports[-1]["columns"]["held-out"]}))
     draw(reports, over, column, arguments.output)
 
 

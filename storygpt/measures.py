@@ -205,7 +205,7 @@ def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
     return [round(float(x), 6) for x in (statistic(values, axis=0), low, high)]
 
 
-def table(columns: dict[str, dict[str, list[float] | None]]) -> str:
+def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
     """A Markdown table of `summarize`d rows: {title of a column: {name of a row: its numbers}}."""
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     for name, row in ROWS.items():

@@ -115,6 +115,6 @@ def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):
     fails("evaluate.py", *best, *data, "--output", tmp_path / "a.txt", says="is no .json file")
     fails("evaluate.py", *best, *data, "--num_stories", 9_999, says="held-out stories to compare")
     broken = load_checkpoint(run_dir / "StoryGPT_best.pt")
-    broken["model_state_dict"]["ln_f.weight"][:] = math.nan
+    broken["model_state_dict"]["ln_f.weight"][:] = 3e38  # finite, its products are not
     save_checkpoint(tmp_path / "broken.pt", broken)
     fails("evaluate.py", "--checkpoint", tmp_path / "broken.pt", *data, says="weights are broken")

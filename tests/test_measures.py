@@ -22,8 +22,8 @@ from storygpt.measures import (
     sentences,
     shuffle_sentences,
     shuffle_words,
+    story_table,
     summarize,
-    table,
     taken_over,
     well_formed,
 )
@@ -123,9 +123,10 @@ def test_intervals():
 def test_table():
     columns = {"told": {"ends": [0.5, 0.25, 0.75], "loss": None}, "real": {"ends": [1, 1, 1]}}
     lines = [
-        [c.strip() for c in line.strip("|").split("|")] for line in table(columns).splitlines()
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in story_table(columns).splitlines()
     ]
-    assert lines[0] == ["told", "real"]
+    assert lines[0] == ["", "told", "real"]
     assert lines[2] == [f"{ROWS['ends'].label}, %", "50.0 (25.0–75.0)", "100.0 (100.0–100.0)"]
     assert lines[3] == ["the model's own loss, bits a byte", "–", "–"] and len(lines) == 4
 
