@@ -87,10 +87,10 @@ def check(arguments: Arguments) -> None:
 def hub_dataset(meta: dict) -> str | None:
     """The data set's name where it is one on the Hub; a path of this machine stays private."""
     from storygpt.hub import is_hub_id
-    from storygpt.sources import FILE_TYPES
+    from storygpt.readers import KINDS
 
     name = meta.get("dataset", "")
-    is_file = Path(name).exists() or Path(name).suffix in (".txt", *FILE_TYPES)
+    is_file = Path(name).exists() or Path(name).suffix in KINDS
     return name if is_hub_id(name) and not is_file else None
 
 
