@@ -3,7 +3,6 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
-import json
 import math
 import re
 import shutil
@@ -121,17 +120,6 @@ def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int
     return metrics
 
 
-def reading(checkpoint: dict, meta: dict, path: Path) -> dict:
-    """What evaluate.py wrote to `path` of stories told by these weights; empty if it did not."""
-    from storygpt.token_files import data_fingerprint
-
-    try:
-        report, own = json.loads(path.read_text(encoding="utf-8")), data_fingerprint(meta)
-        return report if (report["step"], report["data"]) == (checkpoint["step"], own) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is another's
-        return {}
-
-
 def quote(story: str) -> str:
     """A story as a Markdown quotation in which nothing is markup."""
     escaped = re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", story)
@@ -155,9 +143,10 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from storygpt.kernels import pack_linears
-    from storygpt.measures import story_table
+    from storygpt.measures import read_report, story_table
     from storygpt.sources import BUILTIN
     from storygpt.telling import PROMPT, tell
+    from storygpt.token_files import data_fingerprint
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
@@ -186,7 +175,8 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     size, seeds = model.num_parameters(), range(arguments.seed, arguments.seed + 3)
     pack_linears(model)  # as generate.py does
     told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
-    report = reading(checkpoint, meta, arguments.checkpoint.parent / "evaluation.json")
+    evaluation_json = arguments.checkpoint.parent / "evaluation.json"
+    report = read_report(evaluation_json, checkpoint["step"], meta and data_fingerprint(meta))
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
     is_whole = config.vocab_size == GPT2_VOCAB_SIZE  # tiktoken has no other
     body = fill(

@@ -6,12 +6,14 @@ says nothing of. A row of the table is one number of that array, with an interva
 the stories (Efron, 1979).
 """
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -226,6 +228,16 @@ def cell(row: Row, numbers: list[float] | None) -> str:
     scale, digits = {"%": (100, 1), "words": (1, 0)}.get(row.unit, (1, 3))
     value, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
     return f"{value} ({low}–{high})"
+
+
+def read_report(path: Path, step: int, data: str) -> dict:
+    """What evaluate.py wrote to `path` of the weights of `step` and the data with that fingerprint;
+    empty where it wrote nothing, or of others."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return report if (report["step"], report["data"]) == (step, data) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 # --- Stories that are none, for the rows to tell apart ---
