@@ -38,7 +38,8 @@ class Arguments:
     private: bool = False
     """Only you can see the repo."""
     checkpoint: Path = DEFAULT_CHECKPOINT
-    """Checkpoint to publish; a loss_plot.png beside it is published too."""
+    """Checkpoint to publish; a loss_plot.png beside it is published too, and an evaluation.json
+    that `evaluate.py --output` wrote of it becomes a table of the card."""
     data_dir: Path = Path("data")
     """Folder of the data it was trained on: its meta.json goes into the model card."""
     language: str = "en"
@@ -145,8 +146,10 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from storygpt.kernels import pack_linears
+    from storygpt.measures import read_report, story_table
     from storygpt.sources import BUILTIN
     from storygpt.telling import PROMPT, tell
+    from storygpt.token_files import data_fingerprint
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
@@ -175,6 +178,8 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     size, seeds = model.num_parameters(), range(arguments.seed, arguments.seed + 3)
     pack_linears(model)  # as generate.py does
     told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
+    evaluation_json = arguments.checkpoint.parent / "evaluation.json"
+    report = read_report(evaluation_json, checkpoint["step"], meta and data_fingerprint(meta))
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
     is_whole = config.vocab_size == GPT2_VOCAB_SIZE  # tiktoken has no other
     body = fill(
@@ -196,6 +201,9 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         cut_vocabulary=not is_whole,
         stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
+        reading=story_table(report["columns"]) if "columns" in report else "",
+        num_judged=report.get("num_stories"),
+        temperature=report.get("temperature"),
         windows=f"{recipe.eval_iters * recipe.batch_size:,}",
         context_length=config.context_length,
         meta=meta,

@@ -69,8 +69,8 @@ def is_meta(meta) -> bool:
         return False
 
 
-def load_meta(data_dir: Path, vocab_size: int) -> dict:
-    """What `meta.json` says of the token files beside it, for a model of `vocab_size`.
+def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
+    """What `meta.json` says of the token files beside it, for a model of `vocab_size` or for any.
 
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
@@ -84,7 +84,7 @@ def load_meta(data_dir: Path, vocab_size: int) -> dict:
         raise InputError(f"{path} is damaged (not JSON): run {prepare} again") from error
     if not is_meta(meta):
         raise InputError(f"{path} is damaged or of an older version: run {prepare} again")
-    if meta["vocab_size"] != vocab_size:
+    if vocab_size is not None and meta["vocab_size"] != vocab_size:
         raise InputError(
             f"{data_dir} has a vocabulary of {meta['vocab_size']} where the model has {vocab_size}:"
             f" pass the --data_dir of the model's own data, or pass --vocab_size "
@@ -203,6 +203,12 @@ def training_starts(
         inside = epochs == epoch
         starts[inside] = offsets[offset] + order[places[inside]].astype(np.int64) * context_length
     return starts
+
+
+def split_stories(tokens: np.ndarray, end_of_text: int) -> list[np.ndarray]:
+    """The (tokens,) ids of each story, without its end-of-text."""
+    ends = np.flatnonzero(tokens == end_of_text)
+    return [story[:-1] for story in np.split(tokens, ends + 1)[: len(ends)]]
 
 
 def training_batch(

@@ -22,7 +22,9 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
+from storygpt.measures import ROWS
 from storygpt.telling import PROMPT, tell
+from storygpt.token_files import data_fingerprint
 from storygpt.tokenizer import gpt2_file, load_tokenizer
 from upload_to_hf import hub_dataset, quote
 
@@ -246,6 +248,29 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
         assert "| learning_rate | 0.0003 |" in card.text
         for name in (str(tmp_path.parent), str(run.checkpoint.parent)):
             assert name.encode() not in b"".join(files_of(folder).values())
+
+
+def test_the_card_has_how_its_stories_read(script, small_run, tmp_path):
+    meta = json.loads((small_run.checkpoint.parent / "meta.json").read_text())
+    columns = {"told from nothing": {"ends": [0.5, 0.25, 0.75]}}
+    report = {"step": 1000, "data": data_fingerprint(meta), "num_stories": 8, "temperature": 0.8}
+    evaluation = small_run.checkpoint.parent / "evaluation.json"
+    row = f"| {ROWS['ends'].label}, % | 50.0 (25.0–75.0)"
+    for number, (written, there) in enumerate(
+        (
+            (report | {"columns": columns}, True),
+            (report | {"columns": columns, "step": 999}, False),  # of other weights
+            (report, False),  # told no stories
+            ([], False),
+        )
+    ):
+        evaluation.write_text(json.dumps(written))
+        flags = ("--dry_run", "--gguf", "none", "--output_dir", tmp_path / str(number))
+        result = script("upload_to_hf.py", *small_run.flags, *flags)
+        assert result.code == 0, result.output
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert (row in card) == ("8 stories told at temperature 0.8" in card) == there
+    evaluation.unlink()
 
 
 def test_the_card_names_a_licence_and_a_gguf_only_where_there_is_one(script, small_run, tmp_path):
