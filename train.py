@@ -25,29 +25,15 @@ from torch import nn
 
 from config import GPTConfig, InputError, TrainingConfig, preset
 from model import GPT
+from storygpt import device as machine
 from storygpt.checkpoint import BEST, FINAL, LATEST, fit_start, load_start, load_weights
-from storygpt.device import (
-    autocast,
-    check_fits,
-    compile_model,
-    dtype_name,
-    pick_device,
-    pick_dtype,
-    to_device,
-)
 from storygpt.distributed import MORE_TO_DO, Processes
 from storygpt.kernels import chunked_cross_entropy
 from storygpt.losses import estimate_loss
 from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
 from storygpt.run_folder import RunFolder, TrainState, check_same_data, step_name
-from storygpt.token_files import (
-    Batches,
-    data_fingerprint,
-    load_meta,
-    load_tokens,
-    mixed_seed,
-)
+from storygpt.token_files import Batches, data_fingerprint, load_meta, load_tokens, mixed_seed
 
 
 @dataclass(frozen=True)
@@ -142,13 +128,13 @@ def set_up(
     gpt, config = arguments.gpt, arguments.training
     processes = Processes()
     processes.share(config.gradient_accumulation_steps)  # complains before anything is started
-    device = processes.meet(pick_device(config.device))
-    dtype = pick_dtype(config.dtype, device)
-    check_fits(gpt, config.batch_size, device)
+    device = processes.meet(machine.pick_device(config.device))
+    dtype = machine.pick_dtype(config.dtype, device)
+    machine.check_fits(gpt, config.batch_size, device)
 
     start_weights = fit_start(start, gpt) if start else None
     meta = load_meta(arguments.data_dir, gpt.vocab_size)
-    remembered = {"data": data_fingerprint(meta), "dtype": dtype_name(dtype), "run_id": ""}
+    remembered = {"data": data_fingerprint(meta), "dtype": machine.dtype_name(dtype), "run_id": ""}
     if resumed:
         check_same_data(resumed, remembered["data"], arguments.data_dir)
     train_tokens, val_tokens = (
@@ -182,7 +168,7 @@ def set_up(
 def train(setting: Setting, state: TrainState) -> int:
     """Trains to the last step, or until asked to stop; returns the exit status."""
     config, processes = setting.arguments.training, setting.processes
-    compiled = compile_model(state.model, config.compile, setting.device)
+    compiled = machine.compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
     folder, log = open_folder(setting, state) if processes.is_main else (None, None)
@@ -255,8 +241,8 @@ def train_step(
         x, y = setting.batches(state.step, range(first, first + config.batch_size))
         processes.synchronize_gradients(model, micro_batch == own[-1])
         torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))  # of dropout
-        with autocast(device, setting.dtype):
-            _, loss = model(to_device(x, device), to_device(y, device))
+        with machine.autocast(device, setting.dtype):
+            _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
         state.optimizer.backward(loss / len(own))
         loss_sum += loss.detach()
     learning_rate = state.optimizer.learning_rate
@@ -311,11 +297,11 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     metrics = folder.open(state.step)
     save(setting, state, folder, [LATEST])
     folder.wait()
-    batches, where = setting.batches, f"{processes.world_size} × {setting.device.type}"
+    batches, dtype = setting.batches, setting.remembered["dtype"]
     print(
-        f"{state.model.num_parameters():,} parameters on {where}, {dtype_name(setting.dtype)}; "
-        f"{len(batches.tokens):,} train tokens, {batches.tokens_per_step:,} a step, "
-        f"{config.max_steps / batches.steps_per_epoch:.1f} epochs"
+        f"{state.model.num_parameters():,} parameters on {processes.world_size} × "
+        f"{setting.device.type}, {dtype}; {len(batches.tokens):,} train tokens, "
+        f"{batches.tokens_per_step:,} a step, {config.max_steps / batches.steps_per_epoch:.1f} epochs"
     )
     flops = state.model.flops_per_token() / processes.world_size
     speed = (flops, setting.device, setting.dtype)
