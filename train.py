@@ -291,17 +291,17 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     and its log."""
     arguments, processes = setting.arguments, setting.processes
     config, folder = arguments.training, RunFolder(arguments.checkpoint_dir)
-    settings = {**vars(arguments.gpt), **vars(config)}
-    who = (setting.remembered["run_id"], folder.directory)
-    track = start_tracker(arguments.tracker, settings, *who)
+    settings, run_id = {**vars(arguments.gpt), **vars(config)}, setting.remembered["run_id"]
+    track = start_tracker(arguments.tracker, settings, run_id, folder.directory)
     metrics = folder.open(state.step)
     save(setting, state, folder, [LATEST])
     folder.wait()
     batches, dtype = setting.batches, setting.remembered["dtype"]
+    epochs = config.max_steps / batches.steps_per_epoch
     print(
         f"{state.model.num_parameters():,} parameters on {processes.world_size} × "
         f"{setting.device.type}, {dtype}; {len(batches.tokens):,} train tokens, "
-        f"{batches.tokens_per_step:,} a step, {config.max_steps / batches.steps_per_epoch:.1f} epochs"
+        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs"
     )
     flops = state.model.flops_per_token() / processes.world_size
     speed = (flops, setting.device, setting.dtype)
