@@ -316,7 +316,7 @@ def png(weights: Tensor) -> str:
 
 
 CSS = """
-.gradio-container { max-width: 1100px !important; width: 100%; margin: 0 auto !important; }
+.gradio-container { max-width: 1000px !important; width: 100%; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
 #start, #stop, #another { padding-inline: 8px; white-space: nowrap; }
 body:not(:has(article.telling)) #stop { opacity: 0.45; }
@@ -342,6 +342,7 @@ body:not(:has(article.telling)) #stop { opacity: 0.45; }
 }
 .stories footer button:hover { border-color: #0d9488; }
 .note { margin: 0 0 8px; }
+.nowrap { white-space: nowrap; }
 .tokens { font-size: 1.05rem; line-height: 2; overflow-wrap: anywhere; white-space: pre-wrap; }
 .tokens span {
   --hue: color-mix(in oklab, #0d9488 var(--p), #f97316);
@@ -384,9 +385,9 @@ body:not(:has(article.telling)) #stop { opacity: 0.45; }
 """
 
 LEGEND = """
-<p class="note">Every token is coloured by the probability that the model gave it there:
-0 %<span class="scale"></span>100 %. The underlined ones are yours. Choose one, with the mouse or
-the arrow keys.</p>
+<p class="note">Every token is coloured by the probability that the model gave it there, before
+temperature, top-k and top-p: <span class="nowrap">0 %<span class="scale"></span>100 %.</span> The
+underlined ones are yours. Choose one, with the mouse or the arrow keys.</p>
 """
 
 # A click on what has an index chooses it; among the tokens of a story, so do the arrow keys.
@@ -507,7 +508,7 @@ def page(teller: Storyteller) -> gr.Blocks:
     """The whole page."""
     answers, config = Answers(teller), teller.config
     layers = [str(layer + 1) for layer in range(config.n_layer)]
-    with gr.Blocks(title="StoryGPT", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="StoryGPT", analytics_enabled=False, fill_width=True) as blocks:
         stories, looked = gr.State([]), gr.State(None)
         gr.Markdown(
             f"# StoryGPT\n{teller.model.num_parameters():,} parameters, {config.n_layer} layers of "

@@ -136,7 +136,9 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
                 f"the weights in {path} do not fit its configuration: {name} is {sizes[0]}, where "
                 f"the model has {sizes[1]}"
             )
-    model.load_state_dict(state_dict, assign=assign)
+    # torch notes `assign` in the state dict itself: written to a file again, the note would have
+    # whoever loads that assign too, and come away with untied embeddings. A copy takes it.
+    model.load_state_dict(dict(state_dict), assign=assign)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(

@@ -206,6 +206,9 @@ def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
         published = torch.load(folder / "checkpoints" / BEST, weights_only=False)
         assert published.keys() == KEYS.keys()
         assert published["gpt_config"] == run.model.config
+        theirs = GPT(published["gpt_config"])
+        theirs.load_state_dict(published["model_state_dict"])
+        assert theirs.lm_head.weight is theirs.wte.weight
         for name in ("model.py", "config.py"):
             assert (folder / name).read_bytes() == (root / name).read_bytes()
         assert set(files_of(folder)) == {
