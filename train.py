@@ -287,14 +287,14 @@ def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, folder
 
 
 def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
-    """The run's folder, with a first checkpoint so that a disk that cannot hold one is found now,
-    and its log."""
+    """The run's folder, with a first checkpoint so that a bad disk is found now, and its log."""
     arguments, processes = setting.arguments, setting.processes
     config, folder = arguments.training, RunFolder(arguments.checkpoint_dir)
     settings, run_id = {**vars(arguments.gpt), **vars(config)}, setting.remembered["run_id"]
     track = start_tracker(arguments.tracker, settings, run_id, folder.directory)
     metrics = folder.open(state.step)
-    save(setting, state, folder, [LATEST])
+    done = state.step == config.max_steps  # by a process that died before its last file
+    save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
     batches, dtype = setting.batches, setting.remembered["dtype"]
     epochs = config.max_steps / batches.steps_per_epoch

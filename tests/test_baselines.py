@@ -107,7 +107,7 @@ def lines(output: str) -> dict[str, list[str]]:
 def test_ours_and_theirs_side_by_side(run_dir, data_dir, tmp_path):
     ours, folder, output = run_dir / "StoryGPT_best.pt", tmp_path / "theirs", tmp_path / "b.json"
     folder.mkdir()
-    write_folder(folder, load_checkpoint(ours), 0.8, 100)
+    write_folder(folder, load_checkpoint(ours))
     torch.manual_seed(0)
     gpt2(50257, 64).save_pretrained(tmp_path / "plain")  # brings no tokenizer
     flags = ("--data_dir", data_dir, "--num_stories", 5, "--output", output, "--device", "cpu")
