@@ -52,27 +52,25 @@ def read(files: tuple[Path, ...], column: str) -> list[dict]:
 
 
 def draw(reports: list[dict], over: str, column: str, path: Path) -> None:
-    """A panel a row: the told stories' numbers over `over`, the held-out ones' as a band."""
+    """A panel a row: the numbers of the told and of the held-out stories over `over`."""
     from matplotlib.figure import Figure
 
-    held_out = reports[-1]["columns"]["held-out"]
-    names = [name for name in ROWS if held_out.get(name)]
+    names = [name for name in ROWS if reports[-1]["columns"]["held-out"].get(name)]
     figure = Figure(figsize=(12, 2.4 * math.ceil(len(names) / 3)), layout="constrained")
     panels = list(figure.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
         scale = 100 if ROWS[name].unit == "%" else 1
-        points = [(r[over], r["columns"][column][name]) for r in reports]
-        points = [(x, [scale * y for y in numbers]) for x, numbers in points if numbers]
-        x, numbers = [x for x, _ in points], [y for _, y in points]
-        value, low, high = ([y[i] for y in numbers] for i in range(3))
-        axes.plot(x, value, ".-", color="tab:blue", label=column)
-        axes.fill_between(x, low, high, color="tab:blue", alpha=0.2)
-        real, least, most = (scale * y for y in held_out[name])
-        axes.axhline(real, color="black", linewidth=1, label="held-out")
-        axes.axhspan(least, most, color="black", alpha=0.15)
+        for title, color in (("held-out", "black"), (column, "tab:blue")):
+            points = [(report[over], report["columns"][title][name]) for report in reports]
+            x = [x for x, numbers in points if numbers]
+            value, low, high = ([scale * y[i] for _, y in points if y] for i in range(3))
+            axes.plot(x, value, ".-", color=color, label=title)
+            axes.fill_between(x, low, high, color=color, alpha=0.2)
         if over in ("step", "top_k"):
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        values = sorted(report[over] for report in reports)
+        axes.set_xticks(values, [f"{x:,}" for x in values])
         axes.set_title(f"{ROWS[name].label}, {ROWS[name].unit}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
@@ -88,8 +86,9 @@ def main() -> None:
     arguments = parse_flags(Arguments)
     over, column = arguments.over, arguments.column
     reports = read(arguments.files, column)
-    if any(report[over] is None for report in reports):
-        raise InputError(f"an evaluation has no {over}: leave it out")
+    values = [report[over] for report in reports]
+    if None in values or len({*values}) < len(values):
+        raise InputError(f"every evaluation needs a {over} of its own, and these have {values}")
     columns = {f"{over} {report[over]:,}": report["columns"][column] for report in reports}
     print(story_table(columns | {"held-out": reports[-1]["columns"]["held-out"]}))
     draw(reports, over, column, arguments.output)

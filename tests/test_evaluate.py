@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import python
 
 from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from storygpt.losses import all_windows
@@ -91,6 +92,23 @@ def test_stories_are_measured(script, run_dir, data_dir, tmp_path):
     assert "longest run from train.bin, held-out:" in result.output
     result = script("evaluate.py", *flags, tmp_path / "a.json", "--seed", 5)
     assert (tmp_path / "a.json").read_bytes() != files[0]
+
+
+def test_evaluations_side_by_side(script, run_dir, data_dir, tmp_path):
+    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--data_dir", data_dir)
+    flags += ("--num_stories", 3, "--output", tmp_path / "a.json")
+    assert script("evaluate.py", *flags).code == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    other = report["columns"]["told from nothing"] | {"ends": [0.5, 0.25, 0.75], "returns": None}
+    report |= {"step": 4_000, "columns": report["columns"] | {"told from nothing": other}}
+    (tmp_path / "b.json").write_text(json.dumps(report))
+    command = ("experiments/stories.py", tmp_path / "b.json", "--output", tmp_path / "c.png")
+    result = python(*command, tmp_path / "a.json")
+    assert result.returncode == 0, result.stderr
+    assert "| step 4,000 " in result.stdout and "| 50.0 (25.0–75.0) " in result.stdout
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    result = python(*command, tmp_path / "b.json")
+    assert result.returncode == 1 and "a step of its own" in result.stderr
 
 
 @torch.no_grad()
