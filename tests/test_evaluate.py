@@ -102,7 +102,7 @@ def test_evaluations_side_by_side(script, run_dir, data_dir, tmp_path):
     other = report["columns"]["told from nothing"] | {"ends": [0.5, 0.25, 0.75], "returns": None}
     report |= {"step": 4_000, "columns": report["columns"] | {"told from nothing": other}}
     (tmp_path / "b.json").write_text(json.dumps(report))
-    command = ("experiments/stories.py", tmp_path / "b.json", "--output", tmp_path / "c.png")
+    command = ("experiments/stories.py", "--output", tmp_path / "c.png", tmp_path / "b.json")
     result = python(*command, tmp_path / "a.json")
     assert result.returncode == 0, result.stderr
     assert "| step 4,000 " in result.stdout and "| 50.0 (25.0–75.0) " in result.stdout
