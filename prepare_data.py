@@ -4,7 +4,7 @@ One pass encodes all stories into scratch files and keeps of each its length and
 stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
-from storygpt.cli import parse_flags, progress_bar, run
+from storygpt.cli import one_line, parse_flags, progress_bar, run
 
 # isort: split
 
@@ -28,7 +28,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from config import InputError
-from storygpt.readers import one_line
 from storygpt.sources import Stories, describe, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer

@@ -22,7 +22,8 @@ def leave(*_) -> None:
     os._exit(130)
 
 
-signal.signal(signal.SIGINT, leave)
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+    signal.signal(signal.SIGINT, leave)
 
 
 def parse_flags(arguments: type, default=None):
@@ -53,6 +54,11 @@ def progress_bar(**options):
     from tqdm import tqdm
 
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, without line breaks; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def command_line(script: str, **flags) -> str:
@@ -132,7 +138,8 @@ def with_advice(error: Exception, config: TrainingConfig) -> Exception:
 
 def run(main: Callable[[], None]) -> None:
     """Calls `main` as a script's body: no traceback for what the user can mend or meant to do."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -15,7 +15,7 @@ import torch
 from config import InputError
 from model import GPT
 from storygpt.checkpoint import BEST, FINAL, write_atomically
-from storygpt.cli import command_line, progress_bar
+from storygpt.cli import command_line, one_line, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.telling import tell
 
@@ -244,8 +244,3 @@ class Log:
     def _in_memory(self) -> str:
         most = peak_memory(self.device)
         return f", {most / 1e9:.1f} GB of memory at the peak" if most else ""
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

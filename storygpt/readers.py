@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from config import InputError
+from storygpt.cli import one_line
 from storygpt.tokenizer import END_OF_TEXT
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -61,11 +62,6 @@ def reading(path) -> Iterator[None]:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except Exception as error:  # each library raises exceptions of its own
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from config import InputError
 from storygpt.builtin_stories import sample_stories
+from storygpt.cli import one_line
 from storygpt.readers import (
     KINDS,
     ROWS,
@@ -22,7 +23,6 @@ from storygpt.readers import (
     arrow_rows,
     count_rows,
     kind_of,
-    one_line,
     read_files,
     reading,
     refuse_pointers,
