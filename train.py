@@ -296,11 +296,11 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     done = state.step == config.max_steps  # by a process that died before its last file
     save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
-    batches, dtype = setting.batches, setting.remembered["dtype"]
+    batches, where = setting.batches, machine.describe(setting.device, setting.dtype)
     epochs = config.max_steps / batches.steps_per_epoch
     print(
         f"{state.model.num_parameters():,} parameters on {processes.world_size} × "
-        f"{setting.device.type}, {dtype}; {len(batches.tokens):,} train tokens, "
+        f"{where}; {len(batches.tokens):,} train tokens, "
         f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs"
     )
     flops = state.model.flops_per_token() / processes.world_size

@@ -73,6 +73,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """`cuda, bfloat16`; says that float32's products are TF32 on CUDA."""
+    exact = dtype != torch.float32 or device.type != "cuda"
+    return f"{device.type}, {dtype_name(dtype)}{'' if exact else ' with products in TF32'}"
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """A context in which matrix products run in `dtype`."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -12,6 +12,7 @@ from PIL import Image
 from config import GPTConfig
 from model import GPT
 from storygpt.checkpoint import load_checkpoint
+from storygpt.device import describe, peak_flops
 from storygpt.distributed import Processes
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
@@ -154,3 +155,29 @@ def test_real_stories_are_learned(script, tinystories, tmp_path):
     losses = [line["val_loss"] for line in metrics_of(tmp_path / "run") if "val_loss" in line]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
     assert losses[-1] < 5.2  # of ln 1024 = 6.9 at the start
+
+
+def test_float32_on_a_gpu_says_that_its_products_are_tf32():
+    assert describe(torch.device("cuda"), torch.float32) == "cuda, float32 with products in TF32"
+    assert describe(torch.device("cuda"), torch.bfloat16) == "cuda, bfloat16"
+    assert describe(torch.device("cpu"), torch.float32) == "cpu, float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA T400", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpu_is_found_by_its_whole_name(name, known, monkeypatch):
+    """A stand-in for the driver, which alone knows the name."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == known
