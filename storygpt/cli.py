@@ -26,8 +26,8 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may
     signal.signal(signal.SIGINT, leave)
 
 
-def parse_flags(arguments: type, default=None):
-    """The command line as an instance of the dataclass `arguments`.
+def parse_flags(arguments: type, default=None, **options):
+    """The command line as an instance of the dataclass `arguments`; `options` are tyro.cli's.
 
     Flags are the field names, of nested dataclasses too, with underscores; their help is the
     field docstrings. Exits with status 2 where they do not fit.
@@ -35,17 +35,12 @@ def parse_flags(arguments: type, default=None):
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(arguments, default=default, use_underscores=True, config=config)
+    return tyro.cli(arguments, default=default, use_underscores=True, config=config, **options)
 
 
 def parse_first(arguments: type):
     """The flags of `arguments` alone: those on which the defaults of the others depend."""
-    import tyro
-
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    found, _ = tyro.cli(
-        arguments, use_underscores=True, config=config, return_unknown_args=True, add_help=False
-    )
+    found, _ = parse_flags(arguments, return_unknown_args=True, add_help=False)
     return found
 
 
