@@ -16,19 +16,25 @@ from torch import Tensor, nn
 from config import GPTConfig, InputError
 
 
-def written_out_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ / √d) v, the equation itself (Vaswani et al., 2017, arXiv:1706.03762).
+def attention_weights(q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d): how much each query takes from each key (Vaswani et al., 2017,
+    arXiv:1706.03762).
 
-    q is (..., T, d), k and v are (..., S, d). Returns y (..., T, d) and the weights (..., T, S):
-    how much each query takes from each key. With `is_causal` query t sees keys 0 to t.
+    q is (..., T, d), k is (..., S, d); returns (..., T, S). With `is_causal` query t sees keys 0
+    to t.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
-    weights = scores.softmax(-1)
+    return scores.softmax(-1)
+
+
+def written_out_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / √d) v, the equation itself: y (..., T, d), and the weights (..., T, S)."""
+    weights = attention_weights(q, k, is_causal)
     return F.dropout(weights, dropout_p) @ v, weights
 
 
@@ -44,6 +50,9 @@ class CausalSelfAttention(nn.Module):
 
     With a `cache`, the T tokens of `x` follow those in it, and are added to it.
     """
+
+    # Whoever trains may put in another way to the same y, faster on its device.
+    attention = staticmethod(attention)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -65,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # the keys and values of all tokens so far
             k, v = cache.append(k, v)
         # A single query is the newest token, which may look at every key there is.
-        y = attention(q, k, v, dropout, is_causal=T > 1)
+        y = self.attention(q, k, v, dropout, is_causal=T > 1)
         # the heads side by side again: (B, n_head, T, d) to (B, T, C)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), dropout)

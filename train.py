@@ -28,7 +28,7 @@ from model import GPT
 from storygpt import device as machine
 from storygpt.checkpoint import BEST, FINAL, LATEST, fit_start, load_start, load_weights
 from storygpt.distributed import MORE_TO_DO, Processes
-from storygpt.kernels import chunked_cross_entropy
+from storygpt.kernels import speed_up_training
 from storygpt.losses import estimate_loss
 from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
@@ -147,7 +147,7 @@ def set_up(
 
     torch.manual_seed(config.seed)
     model = GPT(gpt).to(device)
-    model.loss_function = chunked_cross_entropy
+    speed_up_training(model, device)
     state = TrainState(model, Optimizer(model, config, device, dtype))
     if resumed:
         state.load(resumed, arguments.checkpoint_dir / LATEST)

@@ -40,7 +40,7 @@ from torch import Tensor
 from config import GPTConfig, InputError, TrainingConfig, check_whole
 from model import GPT
 from storygpt.device import autocast, dtype_name, peak_memory, pick_device, pick_dtype
-from storygpt.kernels import chunked_cross_entropy, pack_linears
+from storygpt.kernels import pack_linears, speed_up_training
 from storygpt.optimizer import Optimizer
 from storygpt.token_files import SPLITS, load_meta, load_tokens
 from storygpt.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
@@ -120,7 +120,7 @@ def transformers_gpt2(c: GPTConfig):
 def storygpt_step(setting: Setting, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], None]:
     """The step of train.py."""
     model = GPT(setting.gpt).to(setting.device).train()
-    model.loss_function = chunked_cross_entropy
+    speed_up_training(model, setting.device)
     recipe = TrainingConfig().with_learning_rates(setting.gpt.n_embd)
     optimizer = Optimizer(model, recipe, setting.device, setting.dtype)
     forward = torch.compile(model) if compiled else model

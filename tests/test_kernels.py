@@ -8,9 +8,16 @@ import torch.nn.functional as F
 from conftest import DEVICES
 
 from config import GPTConfig
-from model import GPT, cross_entropy
+from model import GPT, cross_entropy, written_out_attention
 from storygpt import kernels
-from storygpt.kernels import chunked_cross_entropy, onednn_operators, pack_linears
+from storygpt.kernels import (
+    attention_on_cpu,
+    chunked_cross_entropy,
+    onednn_operators,
+    pack_linears,
+    quick_dropout,
+    speed_up_training,
+)
 
 
 @pytest.fixture(params=DEVICES)
@@ -93,7 +100,7 @@ def test_compiled_gradients_equal_eager_ones(backend, device):
     """On torch 2.11 a compiled loss that changed its result in place had gradients of exactly 0."""
     torch.manual_seed(1)
     model = small_gpt().to(device)
-    model.loss_function = chunked_cross_entropy
+    speed_up_training(model, torch.device(device))
     rows = torch.randint(301, (4, 33), device=device)
     gradients = []
     for forward in (model, torch.compile(model, backend=backend)):
@@ -107,11 +114,47 @@ def test_compiled_gradients_equal_eager_ones(backend, device):
 
 def test_a_compiled_step_breaks_its_graph_only_at_the_loss():
     model = small_gpt(dropout=0.1).train()
-    model.loss_function = chunked_cross_entropy
+    speed_up_training(model, torch.device("cpu"))
     rows = torch.randint(301, (4, 33))
     torch._dynamo.reset()
     explained = torch._dynamo.explain(model)(rows[:, :-1], rows[:, 1:])
     assert explained.graph_break_count <= 1 and explained.graph_count <= 2
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_dropout_drops_each_element_by_itself_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(0)
+    y = quick_dropout(torch.ones(999, 1001, dtype=dtype), p).float()
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+    dropped = (y == 0).float() - p
+    sigma = (p * (1 - p)) ** 0.5
+    assert abs(dropped.mean()) < 4 * sigma / 1000
+    for means in (dropped.mean(0), dropped.mean(1)):  # no row and no column is favoured
+        assert means.abs().max() < 5.5 * sigma / 1000**0.5
+    for distance in (1, 2, 3, 4, 1001):  # elements that share a draw, and those above each other
+        flat = dropped.flatten()
+        assert abs((flat[distance:] * flat[:-distance]).mean()) < 4 * sigma**2 / 1000
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_on_cpu_equals_the_equation_in_float64(is_causal):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    for p in (0.0, 0.25):
+        torch.manual_seed(1)
+        y = attention_on_cpu(q, k, v, p, is_causal)
+        _, weights = written_out_attention(*wide, is_causal=is_causal)
+        torch.manual_seed(1)
+        scale = quick_dropout(torch.ones(2, 3, 16, 16), p) if p else 1.0
+        expected = (weights * scale) @ wide[2]
+        assert torch.allclose(y.double(), expected, atol=1e-6)
+        grads = torch.autograd.grad(y.square().sum(), (q, k, v))
+        for grad, exact in zip(
+            grads, torch.autograd.grad(expected.square().sum(), wide), strict=True
+        ):
+            assert torch.allclose(grad.double(), exact, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
