@@ -61,11 +61,20 @@ class Processes:
         return range(self.rank * size, (self.rank + 1) * size)
 
     def meet(self, device: torch.device) -> torch.device:
-        """Waits for the others, where torchrun started them; returns this process's device."""
+        """Waits for the others, where torchrun started them; returns this process's device.
+
+        Raises InputError where a process has no GPU of its own, or they cannot meet on them.
+        """
         if not self.launched:
             return device
         if device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise InputError(
+                    f"process {self.local_rank} of this machine has no GPU of its own: pass "
+                    f"--nproc_per_node={torch.cuda.device_count()}"
+                )
             device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(device)
         # While a process waits for the others, a handler in Python would not get its turn.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://"))
@@ -73,7 +82,19 @@ class Processes:
             # The launcher's store outlives a restart: the addresses in it are of dead workers.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+        group = {"store": store, "rank": self.rank, "world_size": self.world_size}
+        try:
+            dist.init_process_group(backend, **group)
+            if backend == "nccl":  # which starts when it is first used
+                dist.all_reduce(torch.zeros(1, device=device))
+        except (RuntimeError, ValueError) as error:
+            if backend == "gloo":
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"NCCL could not start on {device}: {reason}; NCCL_DEBUG=INFO in the environment "
+                "has it say more"
+            ) from error
         return device
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+from config import InputError
 from storygpt.checkpoint import load_checkpoint
+from storygpt.distributed import Processes
 
 FLAGS = [*TINY, "--gradient_accumulation_steps", "4", "--dropout", "0.1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -137,3 +139,26 @@ def test_micro_batches_that_do_not_divide_are_named(data_dir, tmp_path):
     errors = re.findall("error: gradient_accumulation_steps 3 does not divide among 2", output)
     assert len(errors) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"RANK": 0, "LOCAL_RANK": 1, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"process 1 .* no GPU of its own: .*nproc_per_node=1"):
+        Processes().meet(torch.device("cuda"))
+    if torch.distributed.is_nccl_available():
+        pytest.skip("this torch has NCCL, which is to be missing")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(InputError, match=r"NCCL could not start on cuda:0: .*NCCL_DEBUG=INFO"):
+            Processes().meet(torch.device("cuda"))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
