@@ -63,7 +63,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # An older torch does not tell (2.9): float32 is never wrong.
+    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     fast = any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
 

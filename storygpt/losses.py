@@ -41,7 +41,7 @@ def estimate_loss(
             _, loss = model(to_device(x, device), to_device(y, device))
         total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
     model.train(was_training)
-    if processes:
+    if processes and processes.launched:  # Apple's GPUs have no float64
         total = processes.sum(total.to(device))
     return (total[0] / total[1]).item()
 

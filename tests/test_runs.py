@@ -158,11 +158,12 @@ def test_what_is_not_finite_is_never_saved(fails, flags, tmp_path):
 
 
 def test_a_run_that_made_no_step_stops_no_other(fails, script, flags, tmp_path):
-    """Two limited address spaces: the first suffices for set-up, not for so large a batch."""
+    """A limited address space that suffices for set-up, not for so large a batch."""
     large = [*flags, "--batch_size", "20000", "--gradient_accumulation_steps", "3"]
     code = (
-        "import resource, runpy, sys\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (4_500_000_000,) * 2)\n"
+        "import resource, runpy, sys, torch\n"
+        "so_far = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (so_far + 3_500_000_000,) * 2)\n"
         f"sys.argv = ['train.py', *{[str(flag) for flag in large]!r}]\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
