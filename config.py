@@ -13,15 +13,15 @@ class GPTConfig:
     """The shape of a GPT-2 style decoder; the defaults have exactly 57,387,520 parameters."""
 
     vocab_size: int = 50257
-    """Number of token ids, the end-of-text id (the last) included."""
+    """Number of token ids; the last is end-of-text, which follows every story."""
     context_length: int = 256
-    """Most tokens the model looks back on."""
+    """Most tokens the model sees at once."""
     n_layer: int = 10
     """Number of transformer blocks."""
     n_head: int = 8
-    """Attention heads a block."""
+    """Attention heads per block."""
     n_embd: int = 512
-    """Width of the residual stream."""
+    """Width of the residual stream: how many numbers carry a token from block to block."""
     dropout: float = 0.1
     """Share of activations dropped in training."""
     bias: bool = True
@@ -37,22 +37,22 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The recipe. A step is one optimizer update; the defaults see 65,536 tokens a step."""
+    """The recipe. A step is one optimizer update, by default on 64 × 4 × 256 = 65,536 tokens."""
 
     batch_size: int = 64
-    """Sequences in one micro-batch."""
+    """Windows, of context_length tokens each, in one micro-batch."""
     gradient_accumulation_steps: int = 4
-    """Micro-batches in one step, over all processes together."""
+    """Micro-batches in one step, over all processes; each has one in memory at a time."""
     max_steps: int = 50_000
     """Steps in the whole run."""
     warmup_steps: int = 1_000
-    """Steps of linear warm-up."""
+    """Steps in which the learning rate rises linearly to its peak."""
     learning_rate: float | None = None
     """Peak learning rate; None takes 3e-4 for adamw and 2 / n_embd for muon."""
     min_lr: float | None = None
-    """Learning rate at the end of the cosine; None takes a tenth of the peak."""
+    """Learning rate at the end of the cosine decay; None takes a tenth of the peak."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw for all weights, or muon for the blocks' matrices and adamw for the rest."""
+    """adamw, or muon (Jordan et al., 2024) for the blocks' matrices and adamw for the rest."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices and embeddings (never of biases and norms)."""
     beta1: float = 0.9
@@ -62,11 +62,11 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     story_windows: float = 0.0
-    """Share of the training windows that are moved back to where their first story starts."""
+    """Share of the training windows that are moved back to the start of the story they begin in."""
     eval_interval: int = 500
     """Steps between evaluations (the last step is always evaluated)."""
     eval_iters: int = 100
-    """Batches of batch_size validation windows an evaluation averages over."""
+    """Validation batches, of batch_size windows each, that an evaluation averages over."""
     save_minutes: float = 10.0
     """Minutes between saves of StoryGPT_latest.pt: the most that a power cut costs."""
     keep_interval: int = 0
@@ -87,7 +87,7 @@ class TrainingConfig:
     def with_learning_rates(self, n_embd: int) -> "TrainingConfig":
         """The same recipe, its learning rates chosen where they are None.
 
-        Muon's was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
+        Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
         """
         chosen = 3e-4 if self.optimizer == "adamw" else 2 / n_embd
         peak = chosen if self.learning_rate is None else self.learning_rate
@@ -95,7 +95,7 @@ class TrainingConfig:
         return replace(self, learning_rate=peak, min_lr=least)
 
 
-# What each preset changes in the defaults above, for every flag that a command line leaves out.
+# What each preset changes in the defaults of GPTConfig and of TrainingConfig.
 PRESETS = {
     "storygpt": ({}, {}),
     "demo": (

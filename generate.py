@@ -49,7 +49,7 @@ class Arguments:
 def main() -> None:
     arguments = parse_flags(Arguments)
     check_whole("num_samples", arguments.num_samples, 1, 10_000)
-    check_whole("seed", arguments.seed, 0, 2**63 - 10_001)
+    check_whole("seed", arguments.seed, 0, 2**63 - 10_001)  # num_samples seeds follow
 
     import torch
 
@@ -59,7 +59,7 @@ def main() -> None:
 
     model, _ = load_model(arguments.checkpoint, pick_device(arguments.device))
     model.to(getattr(torch, arguments.dtype))
-    pack_linears(model)
+    pack_linears(model)  # for speed on a CPU
     (converse if arguments.interactive else tell_aloud)(model, arguments)
 
 
@@ -68,7 +68,7 @@ def converse(model, arguments: Arguments) -> None:
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401, input() then has history and arrow keys
     sys.stdin.reconfigure(errors="replace")
-    prompt, untold = arguments.prompt, arguments.seed  # the seed of an empty line
+    prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
     while True:
         try:
             line = input("> ")
@@ -116,7 +116,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
     for column in columns:
         for stream, text, token in zip(streams, texts, column[:, 0].tolist(), strict=True):
             told += not stream.ended
-            text.append(stream.add([token]))
+            text.append(stream.add([token]))  # a token may end inside a character
         print(texts[0][-1], end="", flush=True)
     print(streams[0].close())
     seconds = time.perf_counter() - begun
@@ -126,7 +126,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
 
 
 def hint(text: str) -> None:
-    """For whoever looks on, not for the story's file."""
+    """To stderr, so that redirected stdout is the stories alone."""
     print(text, file=sys.stderr)
 
 

@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it tells a story.
 
-Published beside the checkpoint, so it imports torch and `config` only. B is the batch, T the
-tokens of a row, C = n_embd the width, d = C / n_head the width of a head.
+Published beside the checkpoint, so it imports torch and `config` only. Layers have the names of
+GPT-2's own checkpoints. B is the batch, T the tokens of a row, N = B · T, V = vocab_size,
+C = n_embd the width, d = C / n_head the width of a head.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from config import GPTConfig, InputError
 
 
 def attention_weights(q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
-    """softmax(q kᵀ / √d): how much each query takes from each key (Vaswani et al., 2017,
+    """softmax(q kᵀ / √d): how much each query attends to each key (Vaswani et al., 2017,
     arXiv:1706.03762).
 
     q is (..., T, d), k is (..., S, d); returns (..., T, S). With `is_causal` query t sees keys 0
     to t.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # or softmax saturates
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
@@ -46,12 +47,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token takes from itself and those before it what its heads look for: (B, T, C) to same.
+    """Multi-head attention of each token to itself and those before it: (B, T, C) to the same.
 
-    With a `cache`, the T tokens of `x` follow those in it, and are added to it.
+    With a `cache` (see `KVCache`), the T tokens of `x` follow those in it, and are added to it.
     """
 
-    # Whoever trains may put in another way to the same y, faster on its device.
+    # `speed_up_training` puts in another way to the same y where that is faster.
     attention = staticmethod(attention)
 
     def __init__(self, config: GPTConfig):
@@ -69,7 +70,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0  # the kernel has no `training` flag
         q, k, v = self.heads(x)
         if cache is not None:  # the keys and values of all tokens so far
             k, v = cache.append(k, v)
@@ -81,7 +82,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """What each token makes of what it has gathered, by itself: (B, T, C) to the same."""
+    """Two linear layers, applied to each token by itself: (B, T, C) to the same."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -96,7 +97,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads a normalized copy and adds to the stream (B, T, C)."""
+    """Attention, then the MLP; both read the residual stream (B, T, C) normalized and add to it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -112,14 +113,14 @@ class Block(nn.Module):
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean loss in nats a token: x (N, C), output embedding (V, C), targets (N,) int64 to ()."""
-    logits = F.linear(x, weight).float()
+    logits = F.linear(x, weight).float()  # bfloat16 is too coarse for a loss
     return F.cross_entropy(logits, targets)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer with learned positions and tied input and output embeddings."""
 
-    # Whoever trains may put in another way to the same number, which keeps no (N, V) logits.
+    # `speed_up_training` puts in another way to the same number, without (N, V) logits in memory.
     loss_function = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig):
@@ -131,7 +132,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        self.apply(self._init_weights)
+        self.apply(self._init_weights)  # children before parents
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std
@@ -140,7 +141,7 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, CausalSelfAttention | MLP):
-            # Each block adds to the residual stream twice: keeps its variance at any depth.
+            # 2 * n_layer of these add up in the residual stream: its variance holds at any depth.
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
     def num_parameters(self) -> int:
@@ -161,8 +162,8 @@ class GPT(nn.Module):
         """(B, T) int64 ids to (B, T, C), what the blocks make of each token.
 
         With a `cache` (see `new_cache`) the tokens follow those in it, and are added to it.
-        Raises InputError where they do not fit the context, or are several after others, for
-        which the causal mask has no place here.
+        Raises InputError where they do not fit the context, or are several after cached ones:
+        the causal mask would take them for the first.
         """
         T, past = idx.size(1), cache[0].length if cache else 0
         if past + T > self.config.context_length:
@@ -193,7 +194,7 @@ class GPT(nn.Module):
     # --- Telling a story ---
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for one batch: a KVCache a block."""
+        """An empty cache for one batch: one KVCache per block."""
         return [KVCache(self.config.context_length) for _ in self.h]
 
     @torch.no_grad()
@@ -209,17 +210,17 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the continuation of (B, T) int64 `idx`, one (B, 1) column of ids at a time.
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the smallest set
-        of likeliest tokens that reaches that probability (Holtzman et al., 2019). With
-        `end_of_text` given, a row that has told it repeats it, and all rows having told it ends
-        the stream. `generator` draws for all rows, or is a sequence of one for each row.
+        temperature divides the logits, 0 is greedy; top_k keeps the k likeliest tokens; top_p the
+        smallest set of likeliest tokens that reaches that probability (Holtzman et al., 2019).
+        With `end_of_text` given, a row that has reached it repeats it, and the stream ends once
+        all rows have. `generator` is one for all rows, or a sequence of one for each row.
 
         Only the last context_length tokens of `idx` are read. When the context is full, its last
-        half is read again and the story goes on from there, so that a long one costs one more
-        forward pass every context_length / 2 tokens.
+        half is read again, at the first positions, and the story goes on from there: a long one
+        costs one more forward pass every context_length / 2 tokens.
 
-        Raises InputError for sampling arguments out of range, an empty `idx`, and weights that
-        give no numbers.
+        Raises InputError for sampling arguments out of range, an empty `idx`, and logits that
+        are not finite.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         was_training = self.training
@@ -227,7 +228,7 @@ class GPT(nn.Module):
         try:
             context_length = self.config.context_length
             window, cache = idx[:, -context_length:], self.new_cache()
-            unread = window  # by the cache
+            unread = window  # what the cache lacks
             finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
             for _ in range(max_new_tokens):
                 logits = self.lm_head(self.hidden(unread, cache)[:, -1])
@@ -312,14 +313,14 @@ def sample(
         return logits.argmax(-1, keepdim=True)
     vocab_size = logits.size(-1)
     ids = torch.arange(vocab_size, device=logits.device).expand_as(logits)
-    if (top_k or vocab_size) < vocab_size or (top_p or 1) < 1:  # the k likeliest, in order
+    if (top_k or vocab_size) < vocab_size or (top_p or 1) < 1:  # top_p needs them in order
         logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))
     probabilities = (logits.float() / temperature).softmax(-1)
     if (top_p or 1) < 1:
         before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-    # Dividing by exponential noise and taking the largest draws from the distribution (the
-    # Gumbel-max trick) without the synchronization of torch.multinomial.
+    # The argmax of p / exponential noise is a draw from p, normalized or not (the Gumbel-max
+    # trick), without the synchronization of torch.multinomial.
     if isinstance(generator, Sequence):
         rows = zip(probabilities, generator, strict=True)
         noise = torch.stack([torch.empty_like(p).exponential_(generator=g) for p, g in rows])

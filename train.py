@@ -37,7 +37,7 @@ from storygpt.token_files import Batches, data_fingerprint, load_meta, load_toke
 
 
 @dataclass(frozen=True)
-class Start:
+class FirstFlags:
     """What the defaults of all other flags depend on."""
 
     preset: Literal["storygpt", "demo", "gpt2"] | None = None
@@ -51,7 +51,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Arguments(Start):
+class Arguments(FirstFlags):
     """Train a GPT on prepared data. With torchrun, on several processes."""
 
     gpt: tyro.conf.FlagConversionOff[GPTConfig] = field(default_factory=GPTConfig)
@@ -74,11 +74,11 @@ class Setting:
     dtype: torch.dtype
     batches: Batches
     val_tokens: np.ndarray
-    remembered: dict  # by StoryGPT_latest.pt: data, dtype, run_id, init_from
+    remembered: dict  # kept in StoryGPT_latest.pt: data, dtype, run_id, init_from
 
 
 def main() -> None:
-    cli.never_stop_for_output()
+    cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
     arguments, resumed, start = parse_arguments()
     try:
         setting, state = set_up(arguments, resumed, start)
@@ -97,10 +97,10 @@ def parse_arguments() -> tuple[Arguments, dict | None, tuple | None]:
 
     Raises InputError where a run would be overwritten or changed.
     """
-    first = cli.parse_first(Start)
+    first = cli.parse_first(FirstFlags)
     folder = RunFolder(first.checkpoint_dir)
     resumed = folder.unfinished() if first.resume or Processes().restarted else None
-    start = load_start(first.init_from) if first.init_from else None
+    start = load_start(first.init_from) if first.init_from else None  # shape, weights, origin
     gpt, training = preset(first.preset or "storygpt")
     if resumed and not first.preset:
         gpt, training = resumed["gpt_config"], resumed["training_config"]
@@ -141,8 +141,8 @@ def set_up(
         load_tokens(arguments.data_dir, split, meta, gpt.context_length, verify=processes.is_main)
         for split in ("train", "validation")
     )
-    windows = config.batch_size * config.gradient_accumulation_steps
-    how = (config.seed, windows, gpt.context_length, config.story_windows)
+    windows_per_step = config.batch_size * config.gradient_accumulation_steps
+    how = (config.seed, windows_per_step, gpt.context_length, config.story_windows)
     batches = Batches(train_tokens, meta["end_of_text"], *how)
 
     torch.manual_seed(config.seed)
@@ -173,7 +173,7 @@ def train(setting: Setting, state: TrainState) -> int:
     signals = cli.listen_for_signals(processes.launched)
     folder, log = open_folder(setting, state) if processes.is_main else (None, None)
     deadline = cli.STARTED + 3600 * (setting.arguments.max_hours or math.inf)
-    longest = time.monotonic() - cli.STARTED  # that nobody looked at the clock
+    longest = time.monotonic() - cli.STARTED  # seconds between two looks at the clock
     saved, status = time.monotonic(), 0
     if setting.remembered["init_from"] and state.step == 0:
         evaluate_start(setting, state, compiled, folder, log)
@@ -182,13 +182,13 @@ def train(setting: Setting, state: TrainState) -> int:
         while state.step < config.max_steps and not status:
             # --- One step ---
             start = time.monotonic()
-            late = processes.is_main and start + 2 * longest > deadline
+            late = processes.is_main and start + 2 * longest > deadline  # no time for one more
             status = 128 + signals[0] if signals else MORE_TO_DO if late else 0
             entry, status = train_step(setting, state, model, status)
             speed = setting.batches.tokens_per_step / (time.monotonic() - start)
             entry["tokens_per_second"] = round(speed, 1)
 
-            # --- Check and evaluate ---
+            # --- End a diverged run, evaluate ---
             state.check(entry, setting.arguments.checkpoint_dir, config)
             last = state.step == config.max_steps
             status = 0 if last else status
@@ -210,7 +210,7 @@ def train(setting: Setting, state: TrainState) -> int:
             if config.keep_interval and state.step % config.keep_interval == 0:
                 names.append(step_name(state.step))
             if names or status or start - saved >= 60 * config.save_minutes:
-                if "val_loss" not in entry:  # a step's own loss is that of the weights before it
+                if "val_loss" not in entry:  # train_loss is of the old weights: check the new ones
                     glance = {"val_loss": validate(setting, state.model, 1)}
                     state.check(entry | glance, folder.directory, config)
                 save(setting, state, folder, [*names, LATEST])
@@ -220,7 +220,7 @@ def train(setting: Setting, state: TrainState) -> int:
             log.add(entry)
             longest = max(longest, time.monotonic() - start)
         if processes.is_main:
-            folder.wait()
+            folder.wait()  # saving goes on in the background
     if processes.is_main:
         print(log.ending(status, state.best_val_loss, setting.arguments.data_dir))
     # torchrun would take any other status for a death, and start all processes anew.
@@ -230,8 +230,8 @@ def train(setting: Setting, state: TrainState) -> int:
 def train_step(
     setting: Setting, state: TrainState, model: nn.Module, status: int
 ) -> tuple[dict, int]:
-    """One optimizer update: what metrics.jsonl says of it, and the exit status of all processes if
-    one wants to stop, or 0. `model` is state.model, compiled and wrapped as the run wants it."""
+    """One optimizer update: its line of metrics.jsonl, and the exit status that all processes agree
+    on (0: go on), given each one's `status`. `model`: state.model, perhaps compiled and wrapped."""
     config, processes, device = setting.arguments.training, setting.processes, setting.device
     own = processes.share(config.gradient_accumulation_steps)
     state.step += 1
@@ -243,10 +243,10 @@ def train_step(
         torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))  # of dropout
         with machine.autocast(device, setting.dtype):
             _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
-        state.optimizer.backward(loss / len(own))
+        state.optimizer.backward(loss / len(own))  # DDP averages over processes
         loss_sum += loss.detach()
     learning_rate = state.optimizer.learning_rate
-    grad_norm, skipped = state.optimizer.step()
+    grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
     state.skipped_steps += skipped
     means, status = processes.report([loss_sum / len(own), grad_norm], status)
     entry = {
@@ -257,13 +257,13 @@ def train_step(
         "learning_rate": learning_rate,
         "grad_norm": None if skipped else means[1],
     }
-    if setting.dtype == torch.float16:
+    if setting.dtype == torch.float16:  # steps that overflow are skipped
         entry["skipped_steps"] = state.skipped_steps
     return entry, status
 
 
 def validate(setting: Setting, model: nn.Module, num_batches: int, *processes) -> float:
-    """The mean loss over so many batches of validation windows, in nats a token."""
+    """Mean loss in nats a token over `num_batches` validation batches, which `processes` share."""
     length, size = setting.arguments.gpt.context_length, setting.arguments.training.batch_size
     where = (setting.device, setting.dtype, *processes)
     return estimate_loss(model, setting.val_tokens, length, size, num_batches, *where)
@@ -283,7 +283,7 @@ def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, folder
         log.add(entry)
 
 
-# --- What rank 0 keeps and says ---
+# --- What the main process saves and prints ---
 
 
 def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
@@ -293,7 +293,7 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     settings, run_id = {**vars(arguments.gpt), **vars(config)}, setting.remembered["run_id"]
     track = start_tracker(arguments.tracker, settings, run_id, folder.directory)
     metrics = folder.open(state.step)
-    done = state.step == config.max_steps  # by a process that died before its last file
+    done = state.step == config.max_steps  # but killed before FINAL was written
     save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
     batches, where = setting.batches, machine.describe(setting.device, setting.dtype)
