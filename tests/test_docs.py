@@ -1,16 +1,18 @@
-"""What the documents say: their commands parse, their links lead somewhere, train.slurm goes on."""
+"""What the documents say: their commands parse, and run where that is short; their links lead
+somewhere; train.slurm goes on."""
 
 import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from storygpt import cli
 
@@ -21,7 +23,7 @@ DOCS.remove(ROOT / "docs/model_card.md")  # a template
 def commands(text: str) -> list[list[str]]:
     """The words of each command line in a document: of its shell blocks, and in backticks."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    spoken = re.findall(r"`((?:python|torchrun|sbatch) [^`]+)`", text)
+    spoken = re.findall(r"`((?:python|torchrun|sbatch|make) [^`]+)`", text)
     lines = "\n".join([*blocks, *spoken]).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
@@ -77,6 +79,100 @@ def test_a_flag_that_does_not_exist_would_be_found(monkeypatch):
     assert python == "python"
     with pytest.raises(SystemExit):
         parse(*script_and_flags(words), monkeypatch)
+
+
+def test_what_is_made_and_installed_is_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    named = [words for path in DOCS for words in commands(path.read_text(encoding="utf-8"))]
+    made = {words[1] for words in named if words[0] == "make"}
+    assert {"demo", "app", "test"} <= made <= {*targets}
+    installed = [words[words.index("-r") + 1] for words in named if "-r" in words]
+    assert installed and all((ROOT / name).is_file() for name in installed)
+
+
+# --- The short ones, run ---
+
+TOO_LONG = {"experiments/benchmark.py", "experiments/baselines.py", "space/app.py"}
+# What makes each short, said last: a later flag wins.
+SMALL = {
+    "prepare_data.py": "--max_stories 80 --validation_fraction 0.2 --num_proc 1",
+    "train.py": "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 8 --gradient_accumulation_steps 1 "
+    "--max_steps 2 --warmup_steps 1 --eval_interval 1 --eval_iters 1 --device cpu --dtype float32",
+    "evaluate.py": "--num_stories 2",
+    "generate.py": "--max_new_tokens 4",
+}
+
+
+def value(flags: list[str], name: str, default: str) -> str:
+    return flags[flags.index(name) + 1] if name in flags else default
+
+
+def is_short(words: list[str], world) -> bool:
+    """Whether a command needs no GPU, Hub, hours or person, once SMALL has made it small."""
+    if words[:2] == ["python", "-c"]:
+        return True
+    started = script_and_flags(words)
+    if not started or {"torchrun", "sbatch", "--interactive"} & {*words} or started[0] in TOO_LONG:
+        return False
+    if any(word.startswith("/") for word in words):  # a notebook's own disk
+        return False
+    name, flags = started
+    if name == "prepare_data.py":
+        dataset = value(flags, "--dataset", "on the Hub")
+        return dataset == "builtin" or (world / dataset).exists()
+    if name == "upload_to_hf.py":
+        return "--dry_run" in flags
+    weights = value(flags, "--init_from", value(flags, "--checkpoint", "."))
+    return (world / weights).exists() or weights.endswith(".pt")
+
+
+def run_small(words: list[str], world, script) -> None:
+    """Runs a command in `world`, where nothing is in its way."""
+    if words[1] == "-c":
+        result = python(*words[1:], cwd=world, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, result.stderr
+        return
+    name, flags = script_and_flags(words)
+    flags = [*flags, *SMALL.get(name, "").split()]
+    if name == "train.py" and "--resume" not in flags:
+        shutil.rmtree(world / value(flags, "--checkpoint_dir", "checkpoints"), ignore_errors=True)
+    if name == "upload_to_hf.py":
+        shutil.rmtree(world / value(flags, "--output_dir", ""), ignore_errors=True)
+    result = script(name.replace("/", "."), *flags, cwd=world)
+    assert result.code == 0, f"{shlex.join([name, *flags])}:\n{result.output}"
+
+
+@pytest.fixture(scope="module")
+def world(script, tmp_path_factory):
+    """A folder with what documents take for granted: stories, prepared data, runs."""
+    folder = tmp_path_factory.mktemp("world")
+    story = "Tom had a red kite. Tom lost the kite, and Ann found it for Tom."
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join([story] * 80))
+    for line in (
+        "python prepare_data.py --dataset builtin",
+        "python prepare_data.py --dataset builtin --vocab_size 4096 --data_dir data/demo",
+        "python train.py",
+        "python train.py --preset demo --data_dir data/demo --checkpoint_dir checkpoints/demo",
+        "python train.py --checkpoint_dir runs/a",
+        "python train.py --checkpoint_dir runs/b --seed 2",
+        "python upload_to_hf.py --repo_id you/StoryGPT --dry_run --output_dir published",
+    ):
+        run_small(line.split(), folder, script)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("README.md", 9), ("docs/training.md", 8), ("docs/publishing.md", 2), ("docs/tour.md", 14)],
+)
+def test_short_commands_run(name, least, script, world, tmp_path):
+    copied = shutil.copytree(world, tmp_path / "world")
+    every = commands((ROOT / name).read_text(encoding="utf-8"))
+    every = [words[words.index("python") :] for words in every if "python" in words]
+    short = [words for words in every if is_short(words, copied)]
+    for words in short:
+        run_small(words, copied, script)
+    assert len(short) >= least
 
 
 def headings(text: str) -> set[str]:
