@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from config import InputError, TrainingConfig, check_whole
-from model import GPT, written_out_attention
+from model import GPT, attention_weights
 from storygpt.checkpoint import load_checkpoint, load_model, write_atomically
 from storygpt.kernels import pack_linears
 from storygpt.measures import find_names, sentences
@@ -162,12 +162,12 @@ def show_embeddings(model: GPT, story: Story, tokens: np.ndarray, tokenizer) -> 
         print(f"{shown(tokenizer.decode([often[own[i]]])):>8} is like {near}")
 
 
-def attention_weights(model: GPT, ids: list[int]) -> Tensor:
+def all_heads(model: GPT, ids: list[int]) -> Tensor:
     """(n_layer, n_head, T, T): how much each of T ids takes from each."""
     x, found = model.wte(torch.tensor([ids])) + model.wpe.weight[: len(ids)], []
     for block in model.h:
-        q, k, v = block.attn.heads(block.ln_1(x))
-        found.append(written_out_attention(q, k, v, is_causal=True)[1][0])
+        q, k, _ = block.attn.heads(block.ln_1(x))
+        found.append(attention_weights(q, k, is_causal=True)[0])
         x = block(x)
     return torch.stack(found)
 
@@ -176,7 +176,7 @@ def show_attention(model: GPT, story: Story, arguments: Arguments) -> None:
     stop("6: attention")
     last = story.named[-1][0]
     asking, answers = last - 1, [i for place in story.named[:-1] for i in place]
-    weights = attention_weights(model, story.ids[:last])[:, :, asking]
+    weights = all_heads(model, story.ids[:last])[:, :, asking]
     shares = weights[:, :, answers].sum(-1)
     layer, head = divmod(int(shares.argmax()), model.config.n_head)
     print(
