@@ -13,10 +13,14 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, python
 
+from config import GPTConfig
+from model import GPT
 from storygpt import cli
 from storygpt.builtin_stories import sample_stories
+from storygpt.checkpoint import SkipInit
 from storygpt.distributed import MORE_TO_DO
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -228,6 +232,18 @@ def test_links_lead_somewhere():
             assert linked.exists(), f"{path.name} links to {target}"
             if anchor:
                 assert anchor in headings(read(linked)), target
+
+
+def test_the_table_of_sizes_counts_as_the_model_does():
+    row = r"^\| ([\d.]+) M .*?\| (\d+) (\d+) (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|"
+    rows = re.findall(row, read(ROOT / "docs/training.md").replace(",", ""), re.M)
+    assert len(rows) == 6
+    for millions, n_layer, n_head, n_embd, vocab_size, context_length, mflops in rows:
+        sizes = (vocab_size, context_length, n_layer, n_head, n_embd)
+        with SkipInit(), torch.device("meta"):
+            model = GPT(GPTConfig(*map(int, sizes)))
+        assert model.num_parameters() / 1e6 == pytest.approx(float(millions), rel=0.01)
+        assert model.flops_per_token() / 1e6 == pytest.approx(float(mflops), rel=0.02)
 
 
 def test_the_readme_is_short():
