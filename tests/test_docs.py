@@ -1,27 +1,40 @@
-"""What the documents say: their commands parse, their links lead somewhere, train.slurm goes on."""
+"""What the documents say: their commands parse, and run where that is short; their links lead
+somewhere; train.slurm goes on."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, python
 
+from config import GPTConfig
+from model import GPT
 from storygpt import cli
+from storygpt.builtin_stories import sample_stories
+from storygpt.checkpoint import SkipInit
+from storygpt.distributed import MORE_TO_DO
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS.remove(ROOT / "docs/model_card.md")  # a template
 
 
+def read(path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def commands(text: str) -> list[list[str]]:
     """The words of each command line in a document: of its shell blocks, and in backticks."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    spoken = re.findall(r"`((?:python|torchrun|sbatch) [^`]+)`", text)
+    spoken = re.findall(r"`((?:python|torchrun|sbatch|make) [^`]+)`", text)
     lines = "\n".join([*blocks, *spoken]).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
@@ -46,7 +59,7 @@ def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
 def parse(name: str, flags: list[str], monkeypatch) -> None:
     """What the script would do with its flags first. SystemExit where they do not fit."""
     if name == "space/app.py":  # has packages and a parser of its own
-        source = (ROOT / name).read_text(encoding="utf-8")
+        source = read(ROOT / name)
         known = re.findall(r'add_argument\(\s*"(--\w+)"', source)
         if not {flag for flag in flags if flag.startswith("--")} <= {*known}:
             sys.exit(2)
@@ -61,7 +74,7 @@ def parse(name: str, flags: list[str], monkeypatch) -> None:
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_commands_parse(path, monkeypatch):
-    found = commands(path.read_text(encoding="utf-8"))
+    found = commands(read(path))
     started = [what for words in found if (what := script_and_flags(words))]
     assert started or not found
     for name, flags in started:
@@ -79,6 +92,129 @@ def test_a_flag_that_does_not_exist_would_be_found(monkeypatch):
         parse(*script_and_flags(words), monkeypatch)
 
 
+def test_what_is_made_and_installed_is_there():
+    targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.M)
+    named = [words for path in DOCS for words in commands(read(path))]
+    made = {words[1] for words in named if words[0] == "make"}
+    assert {"demo", "app", "test"} <= made <= {*targets}
+    installed = [words[words.index("-r") + 1] for words in named if "-r" in words]
+    assert installed and all((ROOT / name).is_file() for name in installed)
+
+
+# --- The short ones, run ---
+
+TOO_LONG = {"experiments/benchmark.py", "experiments/baselines.py", "space/app.py"}
+# What makes each short, said last: a later flag wins.
+SMALL = {
+    "prepare_data.py": "--max_stories 80 --validation_fraction 0.2 --num_proc 1",
+    "train.py": "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 8 --gradient_accumulation_steps 1 "
+    "--max_steps 2 --warmup_steps 1 --eval_interval 2 --eval_iters 1 --device cpu --dtype float32",
+    "evaluate.py": "--num_stories 2",
+    "generate.py": "--max_new_tokens 4",
+}
+
+
+def value(flags: list[str], name: str, default: str) -> str:
+    return flags[flags.index(name) + 1] if name in flags else default
+
+
+def is_short(words: list[str], world) -> bool:
+    """Whether a command needs no GPU, Hub, hours or person, once SMALL has made it small."""
+    if words[:2] == ["python", "-c"]:
+        return True
+    started = script_and_flags(words)
+    if not started or {"torchrun", "sbatch", "--interactive"} & {*words} or started[0] in TOO_LONG:
+        return False
+    if any(word.startswith("/") for word in words):  # a notebook's own disk
+        return False
+    name, flags = started
+    if name == "prepare_data.py":
+        dataset = value(flags, "--dataset", "on the Hub")
+        return dataset == "builtin" or (world / dataset).exists()
+    if name == "upload_to_hf.py":
+        return "--dry_run" in flags
+    weights = value(flags, "--init_from", value(flags, "--checkpoint", "."))
+    return (world / weights).exists() or weights.endswith(".pt")
+
+
+def run_small(words: list[str], world, script) -> None:
+    """Runs a command in `world`, where nothing is in its way."""
+    if words[1] == "-c":
+        result = python(*words[1:], cwd=world, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, result.stderr
+        return
+    name, flags = script_and_flags(words)
+    flags = [*flags, *SMALL.get(name, "").split()]
+    if name == "train.py" and "--resume" not in flags:
+        shutil.rmtree(world / value(flags, "--checkpoint_dir", "checkpoints"), ignore_errors=True)
+    if name == "upload_to_hf.py":
+        shutil.rmtree(world / value(flags, "--output_dir", ""), ignore_errors=True)
+    result = script(name.replace("/", "."), *flags, cwd=world)
+    done = (0, MORE_TO_DO) if "--max_hours" in flags else (0,)
+    assert result.code in done, f"{shlex.join([name, *flags])}:\n{result.output}"
+
+
+@pytest.fixture(scope="module")
+def world(script, tmp_path_factory):
+    """A folder with what documents take for granted: stories, prepared data, runs."""
+    folder = tmp_path_factory.mktemp("world")
+    story = "Tom had a red kite. Tom lost the kite, and Ann found it for Tom."
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join([story] * 80))
+    for line in (
+        "python prepare_data.py --dataset builtin",
+        "python prepare_data.py --dataset builtin --vocab_size 4096 --data_dir data/demo",
+        "python train.py",
+        "python train.py --preset demo --data_dir data/demo --checkpoint_dir checkpoints/demo",
+        "python train.py --checkpoint_dir runs/a",
+        "python train.py --checkpoint_dir runs/b --seed 2",
+        "python upload_to_hf.py --repo_id you/StoryGPT --dry_run --output_dir published",
+    ):
+        run_small(line.split(), folder, script)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("README.md", 9), ("docs/training.md", 8), ("docs/publishing.md", 2), ("docs/tour.md", 14)],
+)
+def test_short_commands_run(name, least, script, world, tmp_path):
+    copied = shutil.copytree(world, tmp_path / "world")
+    every = commands(read(ROOT / name))
+    every = [words[words.index("python") :] for words in every if "python" in words]
+    short = [words for words in every if is_short(words, copied)]
+    for words in short:
+        run_small(words, copied, script)
+    assert len(short) >= least
+
+
+def test_python_in_the_documents_compiles():
+    texts = [read(path) for path in DOCS if path.name != "tour.md"]  # which only quotes
+    blocks = [b for text in texts for b in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    assert len(blocks) >= 2
+    for block in blocks:
+        compile(block, "a document", "exec")
+
+
+def test_larger_data_by_datatrove(script, tmp_path):
+    if not (importlib.util.find_spec("datatrove") and importlib.util.find_spec("spacy")):
+        pytest.skip("datatrove is not installed: pip install 'datatrove[io,processing]' spacy")
+    (block,) = re.findall(
+        r"^```python\n(from data.*?)^```", read(ROOT / "docs/training.md"), re.M | re.S
+    )
+    (tmp_path / "clean.py").write_text(block)
+    (tmp_path / "raw").mkdir()
+    stories = list(sample_stories(60))
+    stories += [f"{story} The end." for story in stories[:20]] + ["Too short."]
+    lines = [json.dumps({"text": story}) for story in stories]
+    (tmp_path / "raw/stories.jsonl").write_text("\n".join(lines))
+    result = python("clean.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = script("prepare_data.py", "--dataset", "clean", "--num_proc", 1, cwd=tmp_path)
+    assert result.code == 0, result.output
+    splits = json.loads((tmp_path / "data/meta.json").read_text())["splits"]
+    assert sum(split["stories"] for split in splits.values()) == 60
+
+
 def headings(text: str) -> set[str]:
     """The anchors that GitHub gives a document's headings."""
     titles = re.findall(r"^#+ (.+)$", text, re.M)
@@ -87,7 +223,7 @@ def headings(text: str) -> set[str]:
 
 def test_links_lead_somewhere():
     for path in [*DOCS, *sorted((ROOT / "experiments").glob("*.md"))]:
-        text = path.read_text(encoding="utf-8")
+        text = read(path)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith(("http://", "https://")):
                 continue
@@ -95,11 +231,23 @@ def test_links_lead_somewhere():
             linked = path.parent / name if name else path
             assert linked.exists(), f"{path.name} links to {target}"
             if anchor:
-                assert anchor in headings(linked.read_text(encoding="utf-8")), target
+                assert anchor in headings(read(linked)), target
+
+
+def test_the_table_of_sizes_counts_as_the_model_does():
+    row = r"^\| ([\d.]+) M .*?\| (\d+) (\d+) (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|"
+    rows = re.findall(row, read(ROOT / "docs/training.md").replace(",", ""), re.M)
+    assert len(rows) == 6
+    for millions, n_layer, n_head, n_embd, vocab_size, context_length, mflops in rows:
+        sizes = (vocab_size, context_length, n_layer, n_head, n_embd)
+        with SkipInit(), torch.device("meta"):
+            model = GPT(GPTConfig(*map(int, sizes)))
+        assert model.num_parameters() / 1e6 == pytest.approx(float(millions), rel=0.01)
+        assert model.flops_per_token() / 1e6 == pytest.approx(float(mflops), rel=0.02)
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len(read(ROOT / "README.md").splitlines()) <= 150
 
 
 # --- train.slurm, with stand-ins for Slurm's own commands ---
