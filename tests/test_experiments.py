@@ -4,12 +4,18 @@ import json
 import math
 import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY, python
 from matplotlib import image
+
+from config import InputError
+from experiments.benchmark import Arguments, make_setting, read_stories
+from experiments.compare import group, read_run
 
 COMPARE = "experiments.compare.py"  # as the fork server finds it
 SMALL = (
@@ -66,6 +72,17 @@ def test_compare_draws_curves_and_a_row_for_each_recipe(runs, tmp_path):
     best = min(line.get("val_loss", math.inf) for line in metrics_of(runs[2]))
     assert muon["best val_loss"] == f"{best:.3f}"
     assert np.ptp(image.imread(picture)[..., :3]) > 0.5
+
+
+def test_runs_of_one_recipe_differ_in_nothing_but_their_seed(runs):
+    one, other, muon = map(read_run, runs)
+    assert list(map(len, group([one, muon, other]))) == [2, 1]
+    for changed in (
+        replace(other, settings=other.settings | {"learning_rate": 0.001}),
+        replace(other, settings=other.settings | {"dropout": 0.2}),
+        replace(other, data="other data"),
+    ):
+        assert len(group([one, changed])) == 2
 
 
 def test_compare_tells_bits_per_byte_of_the_runs_own_data(script, runs, data_dir, tmp_path):
@@ -151,8 +168,6 @@ def test_benchmark_measures_all_that_it_promises(tmp_path):
 
 
 def test_benchmark_reads_the_stories_as_they_are(tmp_path):
-    from experiments.benchmark import read_stories
-
     stories = ["Ann ran.", "Ben — and “Kim” — sat.\n\nThey slept. ", "Dan did not.", "The 🦆 swam."]
     lines = "".join(json.dumps({"text": story}) + "\n" for story in stories)
     (tmp_path / "stories.jsonl").write_text(lines)
@@ -171,12 +186,7 @@ def test_benchmark_says_what_is_wrong_before_it_measures(fails, tmp_path):
     assert not output[1].exists()
 
 
-def test_benchmark_names_the_package_that_is_missing():
-    code = (
-        "import runpy, sys; sys.modules['transformers'] = None; "
-        "sys.argv = ['benchmark.py']; "
-        "runpy.run_path('experiments/benchmark.py', run_name='__main__')"
-    )
-    result = python("-c", code)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "pip install -r requirements-dev.txt" in result.stderr
+def test_benchmark_names_the_package_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-dev\.txt"):
+        make_setting(Arguments(output=tmp_path / "figures.json"))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from config import InputError
+from storygpt.builtin_stories import sample_stories
 from storygpt.readers import JSONStream
 from storygpt.sources import open_stories, split_of
 
@@ -298,6 +299,13 @@ def test_a_readme_that_declares_nothing_is_a_note(tmp_path):
     for name in ("builtin", tmp_path / "a.jsonl"):
         refused(name, "leave out --subset", subset="en")
     refused(tmp_path, "leave out --subset, --revision", revision="main")
+
+
+def test_the_built_in_stories_are_those_of_the_seed():
+    for seed in (0, 3):
+        stories = open_stories("builtin", seed=seed)
+        told = [next(stories.splits["train"]) for _ in range(3)]
+        assert told == list(sample_stories(3, seed)) and stories.total == 20_000
 
 
 # --- Rows ---
