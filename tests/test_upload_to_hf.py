@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_server import TOKEN, Fault, Hub
+from huggingface_hub import constants
 from packaging.requirements import Requirement
 
+import upload_to_hf
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
@@ -168,7 +170,7 @@ def test_transformers_computes_what_we_do(folders):
             assert half.dtype == torch.bfloat16 and half(x).logits.isfinite().all()
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        for text in sample_stories(20, seed=3):
+        for text in sample_stories(8, seed=3):
             prompt = torch.tensor([tokenizer(text)["input_ids"][:20]])
             expected = run.model.generate(prompt, 40, 0, end_of_text=config.vocab_size - 1)
             told = theirs.generate(prompt, do_sample=False, max_length=None, max_new_tokens=40)
@@ -196,7 +198,7 @@ def check_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> None:
 
 def test_auto_tokenizer_gives_our_ids(folders):
     for run, folder in folders:
-        texts = [*sample_stories(1000, seed=1), *ODD_TEXT]
+        texts = [*sample_stories(200, seed=1), *ODD_TEXT]
         check_tokenizer(folder, run.model.config.vocab_size, texts)
 
 
@@ -228,7 +230,7 @@ def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
 
 
 def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_path):
-    from huggingface_hub import ModelCard, constants
+    from huggingface_hub import ModelCard
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     for run, folder in folders:
@@ -374,15 +376,14 @@ PLANNED = {
 
 
 def test_planned_failures_end_in_a_retry_or_a_sentence(script, folders, tmp_path):
-    run, folder = folders[1]
+    folder = folders[1][1]
     whole, jobs = files_of(folder), []
     for name, (faults, *expected) in PLANNED.items():
         hub = Hub().__enter__()
         hub.faults = [replace(fault) for fault in faults]
         environment = hub.environment(tmp_path / name)
-        jobs.append(
-            (name, hub, expected, script.start("upload_to_hf.py", *run.flags, **environment))
-        )
+        process = script.start("publish_folder.py", folder, "you/StoryGPT", **environment)
+        jobs.append((name, hub, expected, process))
     for name, hub, (says, status, commits), process in jobs:
         process.join(120)
         output = process.output.read_text()
@@ -401,18 +402,19 @@ def test_planned_failures_end_in_a_retry_or_a_sentence(script, folders, tmp_path
 
 
 def test_what_waiting_cannot_mend_is_said_at_once(script, folders, hub, tmp_path):
-    run, _ = folders[1]
-    environment = hub.environment(tmp_path)
+    run, folder = folders[1]
+    publish = ("publish_folder.py", folder, "you/StoryGPT")
     proxy = {"NO_PROXY": "", "no_proxy": "", "ALL_PROXY": "socks5://me:secret@127.0.0.1:9"}
     proxy |= {"HF_TOKEN": "socksio"}  # a token that stands in what the client says
-    for flags, changes, says in (
-        ((), {"HF_HUB_OFFLINE": "1"}, "(HF_HUB_OFFLINE is set): unset it"),
-        ((), {"HF_ENDPOINT": hub.url.removeprefix("http://")}, "begin it with https://"),
-        ((), proxy, "Using SOCKS proxy, but the '…' package is not installed"),
-        # the loopback Hub knows fewer languages than its check of the flag lets through
-        (("--language", "multilingual"), {}, 'card: "language" with value "multilingual" is not'),
+    # the loopback Hub knows fewer languages than its check of the flag lets through
+    odd = ("upload_to_hf.py", *run.flags, "--language", "multilingual")
+    for command, changes, says in (
+        (publish, {"HF_HUB_OFFLINE": "1"}, "(HF_HUB_OFFLINE is set): unset it"),
+        (publish, {"HF_ENDPOINT": hub.url.removeprefix("http://")}, "begin it with https://"),
+        (publish, proxy, "Using SOCKS proxy, but the '…' package is not installed"),
+        (odd, {}, 'card: "language" with value "multilingual" is not'),
     ):
-        result = script("upload_to_hf.py", *run.flags, *flags, **environment | changes)
+        result = script(*command, **hub.environment(tmp_path) | changes)
         assert result.code == 1 and says in result.output, result.output
         assert "again in" not in result.output and "network" not in result.output
         for secret in (TOKEN, "secret", "socksio"):
@@ -420,27 +422,30 @@ def test_what_waiting_cannot_mend_is_said_at_once(script, folders, hub, tmp_path
     assert not hub.repos
 
 
-def test_tokens(script, fails, small_run, hub, tmp_path):
+def test_tokens(script, fails, folders, hub, tmp_path):
+    run, folder = folders[1]
+    publish = ("publish_folder.py", folder)
     none = hub.environment(tmp_path / "none", token="")
     fails(
         "upload_to_hf.py",
-        *small_run.flags,
+        *run.flags,
         says="log in with `hf auth login`, set HF_TOKEN, or pass --token",
         **none,
     )
     bad = "hf_not\nA_Token"
-    result = script("upload_to_hf.py", *small_run.flags, "--token", bad, **none)
+    result = script("upload_to_hf.py", *run.flags, "--token", bad, **none)
     assert result.code == 1 and "characters that no token has" in result.output
     assert "A_Token" not in result.output and not hub.requests
 
     wrong = hub.environment(tmp_path / "wrong", token="hf_someOtherToken")
-    result = script("upload_to_hf.py", *small_run.flags, **wrong)
+    result = script(*publish, "you/StoryGPT", **wrong)
     assert result.code == 1 and "does not know this token" in result.output, result.output
     assert "hf_someOtherToken" not in result.output
 
     # The flag before HF_TOKEN, and the saved login; HF_TOKEN is what the other tests use.
-    flags = (*small_run.flags, "--private", "--token", TOKEN)
-    result = script("upload_to_hf.py", *flags, "--space", **wrong)
+    result = script(
+        "upload_to_hf.py", *run.flags, "--private", "--space", "--token", TOKEN, **wrong
+    )
     assert result.code == 0 and TOKEN not in result.output, result.output
     repo, page = hub.repos["models/you/StoryGPT"], hub.repos["spaces/you/StoryGPT-space"]
     assert repo.private and page.private and len(repo.commits) == 2
@@ -448,17 +453,19 @@ def test_tokens(script, fails, small_run, hub, tmp_path):
     saved = hub.environment(tmp_path / "saved", token="")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "token").write_text(TOKEN)
-    result = script("upload_to_hf.py", *small_run.flags, **saved)
+    result = script(*publish, "you/StoryGPT", **saved)
     assert result.code == 0 and "nothing changed" in result.output, result.output
     assert TOKEN not in result.output
 
     repo.private = False
-    fails("upload_to_hf.py", *flags, says="exists and is public", **none)
-    flags = ("--repo_id", "them/StoryGPT", *small_run.flags[2:])
-    fails("upload_to_hf.py", *flags, says="HTTP 403", **hub.environment(tmp_path))
+    right = hub.environment(tmp_path)
+    fails(*publish, "you/StoryGPT", "--private", says="exists and is public", **right)
+    fails(*publish, "them/StoryGPT", says="HTTP 403", **right)
 
 
-def test_mistakes_are_named_before_the_network_is_touched(fails, small_run, hub, tmp_path):
+def test_mistakes_are_named_before_the_network_is_touched(
+    fails, small_run, hub, tmp_path, monkeypatch
+):
     checkpoint = load_checkpoint(small_run.checkpoint)
     save_checkpoint(tmp_path / "new.pt", checkpoint | {"val_loss": math.inf})
     config = replace(checkpoint["gpt_config"], vocab_size=50300, n_layer=1, n_embd=2)
@@ -473,6 +480,7 @@ def test_mistakes_are_named_before_the_network_is_touched(fails, small_run, hub,
     (tmp_path / "empty").mkdir()
     before = files_of(tmp_path)
     environment = hub.environment(tmp_path / "hf")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     out = tmp_path / "out"
     for flags, says in (
         (["--repo_id", "StoryGPT"], "pass --repo_id owner/name"),
@@ -494,8 +502,12 @@ def test_mistakes_are_named_before_the_network_is_touched(fails, small_run, hub,
     ):
         if "--output_dir" not in flags and "--dry_run" not in flags:
             flags = ["--output_dir", out, *flags]
-        fails("upload_to_hf.py", *small_run.flags, *flags, says=says, **environment)
+        arguments = map(str, (*small_run.flags, *flags, "--token", TOKEN))
+        monkeypatch.setattr(sys, "argv", ["upload_to_hf.py", *arguments])
+        with pytest.raises(InputError, match=re.escape(says)):
+            upload_to_hf.main()
         assert files_of(tmp_path) == before and not out.exists(), flags
+    fails("upload_to_hf.py", *small_run.flags, *flags, says=says, **environment)
     assert not hub.requests
 
 
