@@ -103,8 +103,9 @@ BASELINES = "experiments.baselines.py"  # as the fork server finds it
 
 def lines(output: str) -> dict[str, list[str]]:
     """{model: its other cells} of the printed table."""
-    cells = [re.split(r" *\| *", line.strip("| ")) for line in output.splitlines() if "|" in line]
-    return {name: rest for name, *rest in cells[2:]}
+    rows = [line for line in output.splitlines() if line.startswith("| ")]
+    cells = [re.split(r" *\| *", row.strip("| ")) for row in rows]
+    return {name: rest for name, *rest in cells[1:]}
 
 
 def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, python
 from matplotlib import image
 
-from config import InputError
+from config import GPTConfig, InputError
+from experiments import benchmark
 from experiments.benchmark import Arguments, make_setting, read_stories
 from experiments.compare import group, read_run
 
@@ -151,16 +153,14 @@ def test_compare_refuses_spoiled_checkpoints_and_other_data(
 
 
 def test_benchmark_measures_all_that_it_promises(tmp_path):
-    stories = [f"Tom had {n} kites.\nThey were réd, all {n} of them." for n in range(300)]
-    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     output = tmp_path / "figures.json"
-    flags = ("--dataset", tmp_path / "stories.txt", "--output", output)
+    flags = ("--parts", "training", "decoding", "--output", output)
     # compiling would take minutes, and is torch's to test
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
     result = python("experiments/benchmark.py", *SMALL, *flags, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     report = json.loads(output.read_text())
-    assert {"training", "decoding", "tokenizing", "machine", "seconds"} == set(report)
+    assert {"training", "decoding", "machine", "seconds"} == set(report)
     for name in ("StoryGPT", "transformers"):
         for how in ("", ", compiled"):
             assert report["training"][f"{name}{how}, tokens/s"] > 0
@@ -168,11 +168,20 @@ def test_benchmark_measures_all_that_it_promises(tmp_path):
         for size in (1, 8, 64):
             assert report["decoding"][f"{name}, batch {size}, tokens/s"] > 0
         assert report["decoding"][f"{name}, first token, ms"] > 0
-    whole = [k for k in report["tokenizing"] if "prepare_data.py" in k]
-    assert [name.split(" x ")[0] for name in whole] == ["1", "4", "16"]
     figures = [v for part in report.values() if isinstance(part, dict) for v in part.values()]
     assert all(v > 0 and math.isfinite(v) for v in figures if isinstance(v, float))
     assert report["machine"]["dtype"] == "float32"
+
+
+def test_benchmark_tokenizes_more_and_more_stories(tmp_path):
+    stories = [f"Tom had {n} kites.\nThey were réd, all {n} of them." for n in range(300)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    shape = (GPTConfig(), torch.device("cpu"), torch.float32)
+    numbers = {"batch_size": 1, "rounds": 1, "decode_tokens": 1, "seed": 1, "thorough": False}
+    setting = benchmark.Setting(*shape, **numbers)
+    figures = benchmark.measure_tokenizing(str(tmp_path / "stories.txt"), setting)
+    assert [name.split(" x ")[0] for name in figures] == ["1"] * 5 + ["4"] * 5
+    assert all(value > 0 and math.isfinite(value) for value in figures.values())
 
 
 def test_benchmark_reads_the_stories_as_they_are(tmp_path):
