@@ -420,12 +420,12 @@ def test_text_and_json_are_read_the_same_in_pieces_of_any_size(size, tmp_path, m
     ]
     put(
         tmp_path,
-        {"a.txt": txt(LONG), "b.json": json.dumps({"n": [10, 2.5], "rows": rows}, indent=3)},
+        {"a.txt": txt(LONG), "b.json": json.dumps({"n": [10, -2.5, 1e20], "rows": rows}, indent=3)},
     )
     assert read(tmp_path / "a.txt") == {"train": LONG}
     assert read(tmp_path / "b.json") == {"train": [row["text"] for row in rows]}
     with open(tmp_path / "b.json") as file:
-        assert JSONStream(file).value() == {"n": [10, 2.5], "rows": rows}
+        assert JSONStream(file).value() == {"n": [10, -2.5, 1e20], "rows": rows}
     put(tmp_path, {"b.json": '[{"text": "A"}, {"text": "B"'})
     refused(tmp_path / "b.json", "cannot read")
 
