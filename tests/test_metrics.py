@@ -67,3 +67,16 @@ def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path):
     assert (f"python train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
     assert ("best val_loss 2.0000" in said) == (status == 0)
     assert (tmp_path / "loss_plot.png").exists()
+
+
+def test_what_only_shows_a_run_ends_none(tmp_path, capsys):
+    def track(entry: dict) -> None:
+        raise ConnectionError("gone")
+
+    nowhere = tmp_path / "no" / "folder"  # for the plot
+    log = Log([], 0, 30, nowhere, track, 1.0, torch.device("cpu"), torch.float32)
+    with log:
+        for entry in entries(5):
+            log.add(entry)
+    said = capsys.readouterr().err
+    assert said.count("could not show the run: gone") == 5 and "loss_plot.png cannot be" in said
