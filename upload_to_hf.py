@@ -18,6 +18,9 @@ from string import Template
 from typing import Literal
 
 from config import InputError, check_whole
+from storygpt.hub import find_token, is_hub_id, publish
+from storygpt.readers import kind_of
+from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -38,8 +41,8 @@ class Arguments:
     private: bool = False
     """Only you can see the repo."""
     checkpoint: Path = DEFAULT_CHECKPOINT
-    """Checkpoint to publish; a loss_plot.png beside it is published too, and an evaluation.json
-    that `evaluate.py --output` wrote of it becomes a table of the card."""
+    """A .pt file, or a folder or Hub id that this script made of one. The loss_plot.png beside the
+    file is published too, and the evaluation.json of `evaluate.py --output` becomes a table."""
     data_dir: Path = Path("data")
     """Folder of the data it was trained on: its meta.json goes into the model card."""
     language: str = "en"
@@ -61,24 +64,19 @@ class Arguments:
 
 def check(arguments: Arguments) -> None:
     """Raises InputError for flags that the Hub would refuse, or that do not go together."""
-    from storygpt.hub import is_hub_id
-
     check_whole("seed", arguments.seed, 0, 2**63 - 3)
     if not is_hub_id(arguments.repo_id):
         raise InputError(
             f"{arguments.repo_id!r} is no name of a repo on the Hub: pass --repo_id owner/name, of "
             "letters, digits, '-', '_' and '.'"
         )
-    if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", arguments.language):
-        raise InputError(
-            f"{arguments.language!r} is no language code of the Hub: pass --language with two or "
-            "three letters of ISO 639, such as en"
-        )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", arguments.license or "other"):
-        raise InputError(
-            f"{arguments.license!r} is no licence as the Hub spells it: pass --license with one "
-            "such as mit, apache-2.0 or cc-by-4.0"
-        )
+    for name, valid, example in (
+        ("language", r"[a-z]{2,3}|code|multilingual", "two or three letters of ISO 639, as in en"),
+        ("license", r"[a-z0-9][a-z0-9.+-]*", "one such as mit, apache-2.0 or cc-by-4.0"),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not re.fullmatch(valid, value):
+            raise InputError(f"{value!r} is no {name} of the Hub: pass --{name} with {example}")
     if arguments.dry_run and not arguments.output_dir:
         raise InputError("--dry_run needs a folder to build: pass --output_dir DIR")
 
@@ -88,20 +86,19 @@ def check(arguments: Arguments) -> None:
 
 def hub_dataset(meta: dict) -> str | None:
     """The data set's name where it is one on the Hub; a path of this machine stays private."""
-    from storygpt.hub import is_hub_id
-    from storygpt.readers import kind_of
-
     name = meta.get("dataset", "")
     is_file = Path(name).exists() or kind_of(name)
     return name if is_hub_id(name) and not is_file else None
 
 
-def hub_base(checkpoint: dict) -> str | None:
-    """The Hub id of the weights its training started from, if there is one."""
-    from storygpt.hub import is_hub_id
+def published(checkpoint: dict) -> dict:
+    """What of a checkpoint is for everybody: no optimizer's state, no path of this machine."""
+    from storygpt.checkpoint import KEYS
 
-    name = (checkpoint.get("init_from") or {}).get("checkpoint", "")
-    return name if is_hub_id(name) else None
+    shown = {key: checkpoint[key] for key in KEYS}
+    if origin := checkpoint.get("init_from"):
+        shown["init_from"] = {k: v for k, v in origin.items() if k != "checkpoint" or is_hub_id(v)}
+    return shown
 
 
 def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int]]:
@@ -115,11 +112,8 @@ def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int
         "tokens": ("Training tokens", windows * checkpoint["gpt_config"].context_length),
     }
     if meta:
-        from storygpt.token_files import bits_per_byte
-
-        counts = meta["splits"]["validation"]
-        bits = round(bits_per_byte(loss, counts), 4)
-        metrics["bits_per_byte"] = ("Validation bits per byte", bits)
+        bits = bits_per_byte(loss, meta["splits"]["validation"])
+        metrics["bits_per_byte"] = ("Validation bits per byte", round(bits, 4))
     return metrics
 
 
@@ -135,13 +129,18 @@ def table(rows: Iterable[tuple]) -> str:
 
 
 def fill(template: str, **values) -> str:
-    """`template` with values for its $names; `<!-- if name -->` parts stay where one is true."""
-    parts = r"<!-- if (\w+) -->\n(.*?)<!-- end -->\n"
-    kept = re.sub(parts, lambda part: part[2] if values[part[1]] else "", template, flags=re.DOTALL)
-    return Template(kept).substitute(values)
+    """`template` with values for its $names; what follows `<!-- if name other -->` stays where
+    one of them is true, and what follows `<!-- if not name other -->` where none is."""
+
+    def kept(part: re.Match) -> str:
+        is_there = any(values[name] for name in part[2].split())
+        return part[3] if is_there != bool(part[1]) else ""
+
+    parts = r"<!-- if (not )?([\w ]+) -->\n(.*?)<!-- end -->\n"
+    return Template(re.sub(parts, kept, template, flags=re.DOTALL)).substitute(values)
 
 
-def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: bool):
+def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, beside: Path):
     """The repo's README.md as a huggingface_hub ModelCard; `meta` may be empty."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -149,14 +148,13 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
     from storygpt.measures import read_report, story_table
     from storygpt.sources import BUILTIN
     from storygpt.telling import PROMPT, tell
-    from storygpt.token_files import data_fingerprint
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
-    config, recipe = checkpoint["gpt_config"], checkpoint["training_config"]
+    config, recipe, step = (checkpoint[k] for k in ("gpt_config", "training_config", "step"))
     dataset, name = hub_dataset(meta), arguments.repo_id.split("/")[1]
-    builtin, base = meta.get("dataset") in BUILTIN, hub_base(checkpoint)
+    base = checkpoint.get("init_from", {}).get("checkpoint")
     metrics = evaluation(checkpoint, meta)
-    of_dataset = {"dataset_type": dataset or "stories", "dataset_name": dataset or "stories"}
+    of_dataset = dict.fromkeys(("dataset_type", "dataset_name"), dataset or "stories")
     of_dataset |= {"task_type": "text-generation", "dataset_split": "validation"}
     if dataset:
         of_dataset["dataset_config"] = meta.get("subset")
@@ -175,30 +173,25 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
             for kind, (title, value) in metrics.items()
         ],
     )
-    size, seeds = model.num_parameters(), range(arguments.seed, arguments.seed + 3)
+    seeds = range(arguments.seed, arguments.seed + 3)
     pack_linears(model)  # as generate.py does
     told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
-    evaluation_json = arguments.checkpoint.parent / "evaluation.json"
-    report = read_report(evaluation_json, checkpoint["step"], meta and data_fingerprint(meta))
+    report = read_report(beside / "evaluation.json", step, meta and data_fingerprint(meta))
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
-    is_whole = config.vocab_size == GPT2_VOCAB_SIZE  # tiktoken has no other
     body = fill(
         CARD.read_text(encoding="utf-8"),
         name=name,
         repo_id=arguments.repo_id,
         prompt=PROMPT,
         seed=arguments.seed,
-        parameters=f"{size:,}",
+        parameters=f"{model.num_parameters():,}",
+        scratch="init_from" not in checkpoint,
         base=base,
-        own_base=checkpoint.get("init_from") and not base,
-        scratch=not checkpoint.get("init_from"),
         gguf=arguments.gguf != "none",
         dataset=dataset,
         commit=meta.get("revision"),
-        builtin=builtin,
-        unnamed=not dataset and not builtin,
-        whole_vocabulary=is_whole,
-        cut_vocabulary=not is_whole,
+        builtin=meta.get("dataset") in BUILTIN,
+        whole_vocabulary=config.vocab_size == GPT2_VOCAB_SIZE,  # tiktoken has no other
         stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
         reading=story_table(report["columns"]) if "columns" in report else "",
@@ -209,31 +202,29 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, plot: 
         meta=meta,
         num_stories=f"{counts['stories']:,}",
         num_tokens=f"{counts['tokens']:,}",
-        plot=plot,
+        plot=(beside / "loss_plot.png").is_file(),
         settings=table((asdict(config) | asdict(recipe)).items()),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def build_folder(folder: Path, arguments: Arguments, checkpoint: dict, meta: dict) -> None:
+def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict, meta: dict) -> None:
     """Fills the empty `folder` with all files of the model repo."""
-    from storygpt.checkpoint import KEYS, build_model, save_checkpoint
+    from storygpt.checkpoint import save_checkpoint
     from storygpt.formats import write_folder, write_gguf
 
-    model = build_model(checkpoint, arguments.checkpoint)
     for name in ("model.py", "config.py"):
         shutil.copyfile(ROOT / name, folder / name)
     (folder / PUBLISHED).parent.mkdir()
-    keys = [*KEYS, *(["init_from"] if hub_base(checkpoint) else [])]  # else it is a path of ours
-    save_checkpoint(folder / PUBLISHED, {key: checkpoint[key] for key in keys})
+    save_checkpoint(folder / PUBLISHED, checkpoint)
     write_folder(folder, checkpoint)
     if arguments.gguf != "none":
         name = arguments.repo_id.split("/")[1]
         write_gguf(folder / "StoryGPT.gguf", checkpoint, name, arguments.gguf)
-    plot = arguments.checkpoint.parent / "loss_plot.png"
-    if plot.is_file():
-        shutil.copyfile(plot, folder / plot.name)
-    model_card(arguments, checkpoint, meta, model, plot.is_file()).save(folder / "README.md")
+    beside = arguments.checkpoint.parent if arguments.checkpoint.is_file() else arguments.checkpoint
+    if (beside / "loss_plot.png").is_file():
+        shutil.copyfile(beside / "loss_plot.png", folder / "loss_plot.png")
+    model_card(arguments, checkpoint, meta, model, beside).save(folder / "README.md")
 
 
 def build_space(folder: Path, repo_id: str) -> None:
@@ -270,31 +261,26 @@ def main() -> None:
     check(arguments)
     output_dir = arguments.output_dir and arguments.output_dir.resolve()
 
-    from storygpt.checkpoint import load_checkpoint
-    from storygpt.hub import find_token, publish
-    from storygpt.token_files import load_meta
+    from storygpt.checkpoint import load_model
 
-    checkpoint, data_dir = load_checkpoint(arguments.checkpoint), arguments.data_dir
-    if not math.isfinite(checkpoint["val_loss"]):
+    data_dir, (model, checkpoint) = arguments.data_dir, load_model(arguments.checkpoint)
+    if not ("training_config" in checkpoint and math.isfinite(checkpoint["val_loss"])):
         raise InputError(
-            f"{arguments.checkpoint} was never evaluated: train on to the next evaluation, or pass "
-            "another with --checkpoint"
+            f"{arguments.checkpoint} was never evaluated by train.py: train on to the next "
+            "evaluation, or start from it with --init_from"
         )
-    meta = {}
+    checkpoint, meta = published(checkpoint), {}
     if (data_dir / "meta.json").is_file():
         meta = load_meta(data_dir, checkpoint["gpt_config"].vocab_size)
     else:
-        print(
-            f"no meta.json in {data_dir}: the model card names no data set and no bits per byte; "
-            "--data_dir says where it is"
-        )
+        print(f"no meta.json in {data_dir} (--data_dir): no data set, no bits per byte on the card")
     token = None if arguments.dry_run else find_token(arguments.token)
     space_dir = Path(f"{output_dir}-space") if output_dir and arguments.space else None
     with scratch_folder(output_dir) as scratch, scratch_folder(space_dir) as space_scratch:
         folder, space = Path(scratch) / "repo", Path(space_scratch) / "repo"
         folder.mkdir()
         print("building the model repo, and telling three stories for its card")
-        build_folder(folder, arguments, checkpoint, meta)
+        build_folder(folder, arguments, model, checkpoint, meta)
         repos = [("model", arguments.repo_id, folder, output_dir)]
         if arguments.space:
             build_space(space, arguments.repo_id)

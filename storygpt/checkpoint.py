@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from storygpt.formats import read_folder, reading
+from storygpt.formats import read_folder, reading, rebuild
 from storygpt.hub import explain, is_hub_id
 
 BEST, FINAL, LATEST = (f"StoryGPT_{name}.pt" for name in ("best", "final", "latest"))
@@ -112,13 +112,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     for key, kind in KEYS.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
-    try:  # unpickling does not call __post_init__; other versions have other fields
-        for key in ("gpt_config", "training_config"):
-            known = {field.name for field in fields(KEYS[key])}
-            given = vars(checkpoint[key]).items()
-            checkpoint[key] = KEYS[key](**{n: v for n, v in given if n in known})
-    except (InputError, TypeError) as error:
-        raise InputError(f"{path} has a {key} that is not valid: {error}") from error
+    for key in ("gpt_config", "training_config"):  # unpickling does not call __post_init__
+        checkpoint[key] = rebuild(key, vars(checkpoint[key]), path)
     return checkpoint
 
 

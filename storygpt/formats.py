@@ -9,13 +9,14 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from config import GPTConfig, InputError
+from config import GPTConfig, InputError, TrainingConfig
 from storygpt.telling import TEMPERATURE, TOP_K
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
@@ -55,6 +56,16 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(
             f"{path} is damaged or not a checkpoint: pass another with --checkpoint"
         ) from error
+
+
+def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
+    """The configuration that a checkpoint has under `key`, of the `given` fields that this version
+    knows. Raises InputError where they are not valid."""
+    kind = {"gpt_config": GPTConfig, "training_config": TrainingConfig}[key]
+    try:
+        return kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path} has a {key} that is not valid: {error}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -161,15 +172,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def read_folder(folder: Path) -> dict:
     """A folder in transformers' GPT-2 layout as a checkpoint: gpt_config, model_state_dict
-    (float32), step and val_loss (0 and infinity where it does not say).
+    (float32), step and val_loss (0 and infinity where it does not say), and where StoryGPT wrote
+    it training_config and init_from.
 
     Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
     """
     config, ours = read_config(folder)
     check_tokenizer(folder, config.vocab_size)
     tensors = read_tensors(folder)
+    known = {}
     with reading(folder / "config.json"):
         step, val_loss = int(ours.get("step", 0)), float(ours.get("val_loss", "inf"))
+        if recipe := ours.get("training_config"):
+            known["training_config"] = rebuild("training_config", recipe, folder / "config.json")
+        if origin := ours.get("init_from"):
+            known["init_from"] = {key: str(value) for key, value in origin.items()}
     try:
         state_dict = from_transformers(tensors, config)
     except ValueError as error:
@@ -179,6 +196,7 @@ def read_folder(folder: Path) -> dict:
         "model_state_dict": state_dict,
         "step": step,
         "val_loss": val_loss,
+        **known,
     }
 
 
@@ -293,8 +311,11 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
 
 
 def config_files(checkpoint: dict) -> dict[str, str]:
-    """The text of config.json and generation_config.json of transformers' GPT-2."""
+    """The text of config.json and generation_config.json of transformers' GPT-2; the former also
+    has all that is known of the run, so that what `read_folder` makes of it is a checkpoint."""
     config = checkpoint["gpt_config"]
+    known = {key: checkpoint[key] for key in ("step", "val_loss", "init_from") if key in checkpoint}
+    known |= {"training_config": asdict(checkpoint["training_config"])}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
     shape = {
         "architectures": ["GPT2LMHeadModel"],
@@ -312,8 +333,8 @@ def config_files(checkpoint: dict) -> dict[str, str]:
         **ids,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
-        # what a GPT-2 config has no field for, and reading it back needs
-        "storygpt": {"bias": config.bias} | {key: checkpoint[key] for key in ("step", "val_loss")},
+        # what a GPT-2 config has no field for, and a checkpoint has
+        "storygpt": {"bias": config.bias} | known,
     }
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     generation = ids | sampling | {"max_length": config.context_length}

@@ -160,7 +160,7 @@ class JSONStream:
             value, error = None, None
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text):  # a number might go on
+                if end + 2 < len(self.text):  # a number might go on: 1 is the start of 1e+2
                     self.at = end
                     return value
             except json.JSONDecodeError as failure:

@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoForCausalLM,
 )
 
+from experiments.baselines import read_earlier
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import load_checkpoint
 from storygpt.formats import write_folder
@@ -97,33 +98,39 @@ def test_every_token_of_a_story_is_scored_once(context_length):
 
 # --- The script ---
 
+BASELINES = "experiments.baselines.py"  # as the fork server finds it
+
 
 def lines(output: str) -> dict[str, list[str]]:
     """{model: its other cells} of the printed table."""
-    cells = [re.split(r" *\| *", line.strip("| ")) for line in output.splitlines() if "|" in line]
-    return {name: rest for name, *rest in cells[2:]}
+    rows = [line for line in output.splitlines() if line.startswith("| ")]
+    cells = [re.split(r" *\| *", row.strip("| ")) for row in rows]
+    return {name: rest for name, *rest in cells[1:]}
 
 
-def test_ours_and_theirs_side_by_side(run_dir, data_dir, tmp_path):
+def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
     ours, folder, output = run_dir / "StoryGPT_best.pt", tmp_path / "theirs", tmp_path / "b.json"
     folder.mkdir()
     write_folder(folder, load_checkpoint(ours))
     torch.manual_seed(0)
     gpt2(50257, 64).save_pretrained(tmp_path / "plain")  # brings no tokenizer
     flags = ("--data_dir", data_dir, "--num_stories", 5, "--output", output, "--device", "cpu")
-    offline = {"HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    script = "experiments/baselines.py"
-    first = python(script, ours, folder, "somebody/else", *flags, env=offline)
-    assert first.returncode == 0, first.stderr
-    found = lines(first.stdout)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    first = script(BASELINES, ours, folder, "somebody/else", *flags, **offline)
+    assert first.code == 0, first.output
+    found = lines(first.output)
     assert len(found) == 2 and found[str(ours)] == found[str(folder)]
-    assert f"{script} --data_dir {data_dir} " in first.stdout
-    assert first.stdout.strip().endswith(" somebody/else")
+    assert f"experiments/baselines.py --data_dir {data_dir} " in first.output
+    assert first.output.strip().endswith(" somebody/else")
 
-    second = python(script, tmp_path / "plain", *flags, env=offline)
-    assert second.returncode == 0, second.stderr
-    kept = json.loads(output.read_text())["models"]
-    assert set(lines(second.stdout)) == set(kept) == {*found, str(tmp_path / "plain")}
+    second = script(BASELINES, tmp_path / "plain", *flags, **offline)
+    assert second.code == 0, second.output
+    written = json.loads(output.read_text())
+    kept = written["models"]
+    assert set(lines(second.output)) == set(kept) == {*found, str(tmp_path / "plain")}
+    assert read_earlier(output, written["of"]) == kept
+    for others in ({"num_stories": 4}, {"data": "other"}):  # no figures of other stories beside
+        assert read_earlier(output, written["of"] | others) == {}
     meta = load_meta(data_dir, 512)
     stories = split_stories(load_tokens(data_dir, "validation", meta, 1), meta["end_of_text"])
     texts = [load_tokenizer(512).decode(stories[i * len(stories) // 5].tolist()) for i in range(5)]
@@ -134,10 +141,12 @@ def test_ours_and_theirs_side_by_side(run_dir, data_dir, tmp_path):
         ]
     bits = sum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
     assert kept[str(folder)]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+    low, high = kept[str(folder)]["interval"]
+    assert low < bits < high
     assert kept[str(tmp_path / "plain")]["vocab_size"] == gpt2_tokenizer.n_vocab
 
 
-def test_mistakes_are_named(run_dir, data_dir, tmp_path):
+def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "b.json").write_text("{}")
     best = run_dir / "StoryGPT_best.pt"
@@ -146,8 +155,14 @@ def test_mistakes_are_named(run_dir, data_dir, tmp_path):
         ((tmp_path / "empty",), "transformers cannot load"),
         ((best, "--output", tmp_path / "b.json"), "is not one that baselines.py wrote"),
         ((best, "--output", tmp_path / "b.txt"), "no .json file"),
-        ((), "no model to score"),
     ):
-        result = python("experiments/baselines.py", *flags, "--data_dir", data_dir)
-        assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-        assert says in result.stderr.splitlines()[-1]
+        fails(BASELINES, *flags, "--data_dir", data_dir, says=says)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("baselines", "no model to score"), ("stories", "nothing to draw")]
+)
+def test_scripts_start_as_they_are_typed(name, says, data_dir):
+    flags = ("--data_dir", data_dir) if name == "baselines" else ()
+    result = python(f"experiments/{name}.py", *flags)
+    assert result.returncode == 1 and says in result.stderr.splitlines()[-1], result.stderr

@@ -1,17 +1,23 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import python
+from matplotlib.figure import Figure
 
+import evaluate
+from config import GPTConfig, TrainingConfig
+from model import GPT
+from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from storygpt.losses import all_windows
-from storygpt.measures import ROWS
+from storygpt.measures import ROWS, Story, read_story, sentences, story_table
 from storygpt.telling import tell_from
-from storygpt.token_files import load_meta, load_tokens, split_stories
+from storygpt.token_files import SplitWriter, data_fingerprint, install, load_meta
+from storygpt.tokenizer import load_tokenizer
 
 
 def test_every_token_is_a_target_once():
@@ -25,95 +31,207 @@ def test_every_token_is_a_target_once():
         assert targets == tokens.tolist()
 
 
-def test_agrees_with_float64(script, run_dir, data_dir):
-    result = script(
-        "evaluate.py", "--checkpoint", run_dir / "StoryGPT_best.pt", "--data_dir", data_dir
-    )
-    assert result.code == 0, result.output
-    model, _ = load_model(run_dir / "StoryGPT_best.pt")
+# --- A small model and small data, on which all of it is quick ---
+
+TOKENIZER = load_tokenizer(512)
+
+
+def write_data(folder, **stories: list[str]) -> dict:
+    """Token files of the `train` and `validation` stories; returns their meta.json."""
+    counts, scratch = {}, folder / "scratch"
+    scratch.mkdir()
+    for split, texts in stories.items():
+        writer = SplitWriter(scratch / f"{split}.bin")
+        ids = [token for text in texts for token in [*TOKENIZER.encode_ordinary(text), 511]]
+        writer.write(np.array(ids, "<u2"))
+        writer.count(len(texts), sum(len(text.encode()) for text in texts))
+        counts[split] = writer.close()
+    meta = {"vocab_size": 512, "end_of_text": 511, "dataset": "builtin", "splits": counts}
+    install(scratch, folder, meta)
+    return meta
+
+
+def make_checkpoint(context_length: int) -> dict:
+    """One with sharp random weights, so that what it reads matters."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(context_length=context_length, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    weights = {"gpt_config": model.config, "model_state_dict": model.state_dict()}
+    return weights | {"training_config": TrainingConfig(), "step": 7, "val_loss": 3.0}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> SimpleNamespace:
+    """60 stories and two models, one too short for a story."""
+    folder, texts = tmp_path_factory.mktemp("small"), list(sample_stories(60, seed=3))
+    meta = write_data(folder, train=texts[:48], validation=texts[48:])
+    for name, context_length in (("short", 64), ("long", 280)):
+        save_checkpoint(folder / f"{name}.pt", make_checkpoint(context_length))
+    return SimpleNamespace(folder=folder, meta=meta, train=texts[:48], validation=texts[48:])
+
+
+def load(small, name: str) -> GPT:
+    model, _ = load_model(small.folder / f"{name}.pt")
+    return model
+
+
+@torch.no_grad()
+def nats_of_windows(model: GPT, ids: list[int], step: int, keep: int) -> float:
+    """Nats of `ids` after an end-of-text in float64: windows of 64 that move by `step`, of which
+    all but the first count their last `keep`."""
+    stream, total = torch.tensor([511, *ids]), 0.0
+    for end in range(64, 64 + len(ids), step):
+        x, y = stream[end - 64 : end], stream[end - 63 : end + 1]
+        losses = -model(x[None, : len(y)])[0][0].log_softmax(-1)[range(len(y)), y]
+        total += losses[0 if end == 64 else 64 - keep :].sum().item()
+        if end >= len(ids):
+            break
+    return total
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_losses_agree_with_float64(small, split):
+    model, meta = load(small, "short"), load_meta(small.folder, 512)
+    arguments = evaluate.Arguments(data_dir=small.folder, split=split, batch_size=5)
+    report = evaluate.score(model, {"step": 7}, meta, arguments)
     model.double()
-    meta = load_meta(data_dir, 512)
-    counts = meta["splits"]["validation"]
-    tokens = load_tokens(data_dir, "validation", meta, 64).astype(np.int64)
-    stream = torch.from_numpy(np.concatenate(([meta["end_of_text"]], tokens)))
-    total = 0.0
+    stories = [TOKENIZER.encode_ordinary(text) for text in getattr(small, split)]
+    stream = [token for story in stories for token in [*story, 511]]
+    whole = nats_of_windows(model, stream, 64, 64)
+    alone = sum(nats_of_windows(model, story, 32, 32) for story in stories)
+    bits = math.log(2) * sum(len(text.encode()) for text in getattr(small, split))
+    assert report["tokens"] == len(stream) and report["step"] == 7 and report["split"] == split
+    for name, expected in (
+        ("loss", whole / len(stream)),
+        ("perplexity", math.exp(whole / len(stream))),
+        ("bits_per_byte", whole / bits),
+        ("story_bits_per_byte", alone / bits),
+    ):
+        assert report[name] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_the_judge_knows_what_it_is_shown(small):
+    model, meta = load(small, "long"), load_meta(small.folder, 512)
+    whole = [read_story([*TOKENIZER.encode_ordinary(text), 511], TOKENIZER, 280)
+             for text in small.validation]  # fmt: skip
+    half = [text[: len(text) // 2] for text in small.validation]
+    mixed = [a + b[len(a) :] for a, b in zip(half, small.validation[1:], strict=False)]
+    known = TOKENIZER.encode_ordinary(small.train[5])
+    sets = {
+        "held-out": whole,
+        "unended": [Story(story.ids, story.text, False) for story in whole],
+        "mixed": [Story(np.array(TOKENIZER.encode_ordinary(t)), t, True) for t in mixed],
+        "known": [Story(np.array(known), small.train[5], True)],
+    }
+    arguments = evaluate.Arguments(data_dir=small.folder, num_stories=12)
+    columns, longest = evaluate.judge(model, meta, sets, arguments)
+    for title, ended, kept in (
+        ("held-out", 1, 1), ("unended", 0, 0), ("mixed", 1, 0), ("known", 1, 1),
+    ):  # fmt: skip
+        assert (columns[title]["ends"][0], columns[title]["keeps"][0]) == (ended, kept), title
+    assert longest["known"] == {"tokens": len(known), "text": small.train[5]}
+    assert longest["held-out"]["tokens"] < 150 and columns["known"]["copied_25"][0] == 1
+    assert longest["held-out"]["text"] in " ".join(small.train)
     with torch.no_grad():
-        for start in range(0, len(tokens), 64):
-            x, y = stream[start : start + 64], stream[start + 1 : start + 65]
-            log_probabilities = model(x[None, : len(y)])[0][0].log_softmax(-1)
-            total -= log_probabilities[range(len(y)), y].sum().item()
-    loss = total / len(tokens)
-    bits_per_byte = total / math.log(2) / counts["bytes"]
-    printed = [float(n) for n in re.findall(r"^\w.*  ([\d.]+)(?: nats.*)?$", result.output, re.M)]
-    assert np.allclose(printed, [loss, math.exp(loss), bits_per_byte], rtol=1e-4)
+        ids = torch.tensor([511, *known])
+        losses = -model(ids[None, :-1])[0][0].log_softmax(-1)[range(len(known)), ids[1:]]
+    bits = losses.sum().item() / math.log(2) / len(small.train[5])
+    assert columns["known"]["loss"][0] == pytest.approx(bits, rel=1e-5)
 
 
-def test_each_story_alone(script, run_dir, data_dir, tmp_path):
-    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--data_dir", data_dir, "--output")
-    assert script("evaluate.py", *flags, tmp_path / "a.json").code == 0
-    report = json.loads((tmp_path / "a.json").read_text())
-    model, _ = load_model(run_dir / "StoryGPT_best.pt")
-    meta = load_meta(data_dir, 512)
-    stories = split_stories(load_tokens(data_dir, "validation", meta, 64), meta["end_of_text"])
-    total = 0.0
-    with torch.no_grad():
-        for ids in stories:  # the last tokens of a story by the shortest window that reaches them
-            stream = torch.tensor([[meta["end_of_text"], *ids.tolist()]])
-            for end in range(64, 64 + len(ids), 32):
-                x, y = stream[:, end - 64 : end], stream[:, end - 63 : end + 1]
-                losses = -model(x[:, : y.size(1)])[0].log_softmax(-1).gather(2, y[..., None])
-                total += losses[:, 0 if end == 64 else 32 :].sum().item()
-                if end >= len(ids):
-                    break
-    bits_per_byte = total / math.log(2) / meta["splits"]["validation"]["bytes"]
-    assert report["story_bits_per_byte"] == pytest.approx(bits_per_byte, abs=1e-5)
-    assert "columns" not in report and not (tmp_path / "a.png").exists()
+def test_stories_are_told_as_asked_and_beside_their_own_openings(small):
+    meta = load_meta(small.folder, 512)
+    asked = {"temperature": 0.9, "top_k": 9, "top_p": 0.6}
+
+    def collect(seed: int, **changes) -> dict[str, list[Story]]:
+        flags = {"data_dir": small.folder, "num_stories": 5, "seed": seed} | asked | changes
+        return evaluate.collect(load(small, "long"), meta, TOKENIZER, evaluate.Arguments(**flags))
+
+    sets = collect(5)
+    assert list(sets) == ["told from nothing", "told from first sentences", "held-out"]
+    held_out = [story.text for story in sets["held-out"]]
+    assert len({*held_out}) == 5 and {*held_out} <= {*small.validation}
+    for told, text in zip(sets["told from first sentences"], held_out, strict=True):
+        opening = TOKENIZER.encode_ordinary(sentences(text)[0])
+        assert told.ids[: len(opening)].tolist() == opening
+    model = load(small, "long")
+    expected = [
+        read_story(ids, TOKENIZER, 280).ids.tolist()
+        for ids in tell_from(model, [[]] * 5, 511, 5, *asked.values())
+    ]
+
+    def ids(sets: dict) -> list[list[int]]:
+        return [story.ids.tolist() for story in sets["told from nothing"]]
+
+    assert ids(sets) == ids(collect(5)) == expected
+    for other in (
+        collect(6), collect(5, temperature=2), collect(5, top_k=2), collect(5, top_p=1),
+    ):  # fmt: skip
+        assert ids(other) != expected
 
 
-def test_stories_are_measured(script, run_dir, data_dir, tmp_path):
-    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--data_dir", data_dir, "--controls")
-    flags += ("--num_stories", 6, "--device", "cpu", "--output")
-    files = []
-    for name in ("a", "b"):
-        result = script("evaluate.py", *flags, tmp_path / f"{name}.json")
-        assert result.code == 0, result.output
-        files.append((tmp_path / f"{name}.json").read_bytes())
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert files[0] == files[1]  # the same seed, the same file
-    report = json.loads(files[0])
+@pytest.fixture(scope="module")
+def evaluated(small, script):
+    """evaluate.json of the small model, and what was printed."""
+    flags = ("--checkpoint", small.folder / "long.pt", "--data_dir", small.folder, "--controls")
+    flags += ("--num_stories", 4, "--device", "cpu", "--output", small.folder / "a.json")
+    result = script("evaluate.py", *flags)
+    assert result.code == 0, result.output
+    return json.loads((small.folder / "a.json").read_text()), result.output
+
+
+def test_what_is_printed_written_and_drawn(small, evaluated):
+    report, output = evaluated
+    assert (small.folder / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert list(report["columns"]) == [
         "told from nothing", "told from first sentences", "held-out",
         "sentences shuffled", "words shuffled",
     ]  # fmt: skip
     assert all(set(column) == set(ROWS) for column in report["columns"].values())
-    assert report["columns"]["told from nothing"]["keeps"] == [0, 0, 0]  # the grammar's own row
-    for row in ROWS.values():
-        assert row.label in result.output
-    assert "longest run from train.bin, held-out:" in result.output
-    result = script("evaluate.py", *flags, tmp_path / "a.json", "--seed", 5)
-    assert (tmp_path / "a.json").read_bytes() != files[0]
+    assert story_table(report["columns"]) in output
+    assert "longest run from train.bin, held-out:" in output
+    printed = [float(n) for n in re.findall(r"^\w.*  ([\d.]+)(?: nats.*)?$", output, re.M)]
+    numbers = [report[name] for name in ("loss", "perplexity", "bits_per_byte")]
+    assert np.allclose(printed, numbers, rtol=1e-4)
+    assert (report["data"], report["num_stories"]) == (data_fingerprint(small.meta), 4)
 
 
-def test_evaluations_side_by_side(script, run_dir, data_dir, tmp_path):
-    flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--data_dir", data_dir)
-    flags += ("--num_stories", 3, "--output", tmp_path / "a.json")
-    assert script("evaluate.py", *flags).code == 0
-    report = json.loads((tmp_path / "a.json").read_text())
+def test_evaluations_side_by_side(script, fails, evaluated, tmp_path):
+    report, _ = evaluated
     other = report["columns"]["told from nothing"] | {"ends": [0.5, 0.25, 0.75], "returns": None}
-    report |= {"step": 4_000, "columns": report["columns"] | {"told from nothing": other}}
-    (tmp_path / "b.json").write_text(json.dumps(report))
-    command = ("experiments/stories.py", "--output", tmp_path / "c.png", tmp_path / "b.json")
-    result = python(*command, tmp_path / "a.json")
-    assert result.returncode == 0, result.stderr
-    assert "| step 4,000 " in result.stdout and "| 50.0 (25.0–75.0) " in result.stdout
+    later = report | {"step": 4_000, "columns": report["columns"] | {"told from nothing": other}}
+    for name, content in (("a", report), ("b", later)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    command = ("experiments.stories.py", "--output", tmp_path / "c.png", tmp_path / "b.json")
+    result = script(*command, tmp_path / "a.json")
+    assert result.code == 0, result.output
+    assert "| step 4,000 " in result.output and "| 50.0 (25.0–75.0) " in result.output
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    result = python(*command, tmp_path / "b.json")
-    assert result.returncode == 1 and "a step of its own" in result.stderr
+    fails(*command, tmp_path / "b.json", says="a step of its own")
+
+
+def test_what_is_drawn_of_evaluations_are_their_numbers(evaluated, tmp_path, monkeypatch):
+    from experiments import stories
+
+    report, _ = evaluated
+    other = report["columns"]["told from nothing"] | {"ends": [0.5, 0.25, 0.75]}
+    later = report | {"step": 4_000, "columns": report["columns"] | {"told from nothing": other}}
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    stories.draw([report, later], "step", "told from nothing", tmp_path / "c.png")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    first = report["columns"]["told from nothing"]["ends"][0]
+    assert lines["told from nothing"].get_xydata().tolist() == [[7, 100 * first], [4_000, 50]]
+    assert lines["held-out"].get_ydata().tolist() == [100, 100]
 
 
 @torch.no_grad()
-def test_prompts_of_different_lengths_go_side_by_side(run_dir):
-    model, _ = load_model(run_dir / "StoryGPT_best.pt")
+def test_prompts_of_different_lengths_go_side_by_side(small):
+    model = load(small, "short")
     prompts = [[], [5], list(range(40)), list(range(90))]  # the last is longer than the context
     told = tell_from(model, prompts, 511, seed=1, temperature=0)
     for prompt, ids in zip(prompts, told, strict=True):
@@ -123,16 +241,16 @@ def test_prompts_of_different_lengths_go_side_by_side(run_dir):
         assert ids[: len(alone)] == alone and set(ids[len(alone) :]) <= {511}
 
 
-def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):
-    best = ("--checkpoint", run_dir / "StoryGPT_best.pt")
-    data = ("--data_dir", data_dir)
+def test_mistakes_are_named(fails, small, tmp_path):
+    best = ("--checkpoint", small.folder / "short.pt")
+    data = ("--data_dir", small.folder)
     fails("evaluate.py", "--checkpoint", tmp_path / "a.pt", says="there is no checkpoint")
     fails("evaluate.py", *best, "--data_dir", tmp_path, says="no prepared data")
     fails("evaluate.py", *best, *data, "--batch_size", 0, says="batch_size must")
     fails("evaluate.py", *best, *data, "--top_p", 0, says="top_p must")
     fails("evaluate.py", *best, *data, "--output", tmp_path / "a.txt", says="is no .json file")
     fails("evaluate.py", *best, *data, "--num_stories", 9_999, says="held-out stories to compare")
-    broken = load_checkpoint(run_dir / "StoryGPT_best.pt")
+    broken = load_checkpoint(small.folder / "short.pt")
     broken["model_state_dict"]["ln_f.weight"][:] = 3e38  # finite, its products are not
     save_checkpoint(tmp_path / "broken.pt", broken)
     fails("evaluate.py", "--checkpoint", tmp_path / "broken.pt", *data, says="weights are broken")

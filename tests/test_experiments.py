@@ -4,12 +4,20 @@ import json
 import math
 import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, python
 from matplotlib import image
+
+from config import GPTConfig, InputError
+from experiments import benchmark
+from experiments.benchmark import Arguments, make_setting, read_stories
+from experiments.compare import group, read_run
 
 COMPARE = "experiments.compare.py"  # as the fork server finds it
 SMALL = (
@@ -61,11 +69,30 @@ def test_compare_draws_curves_and_a_row_for_each_recipe(runs, tmp_path):
     ]
     last = sorted(losses[-1] for losses in both)
     assert adamw["last val_loss"] == f"{np.mean(last):.3f} ({last[0]:.3f} to {last[1]:.3f})"
-    seconds = sum(4 * 2 * 64 / line["tokens_per_second"] for line in metrics_of(runs[2]))
-    assert muon["seconds of training"] == f"{seconds:,.0f}"
     best = min(line.get("val_loss", math.inf) for line in metrics_of(runs[2]))
     assert muon["best val_loss"] == f"{best:.3f}"
     assert np.ptp(image.imread(picture)[..., :3]) > 0.5
+
+
+def test_a_run_is_read_as_it_was_written(runs):
+    lines, run = metrics_of(runs[2]), read_run(runs[2])
+    assert run.step.tolist() == [10, 20] and run.tokens.tolist() == [5_120, 10_240]
+    seconds = np.cumsum([512 / line["tokens_per_second"] for line in lines])
+    assert run.seconds == pytest.approx(seconds[[9, 19]])
+    losses = np.array([line["train_loss"] for line in lines])
+    assert run.train_loss == pytest.approx([losses[:10].mean(), losses[10:].mean()])
+    assert run.val_loss.tolist() == [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+def test_runs_of_one_recipe_differ_in_nothing_but_their_seed(runs):
+    one, other, muon = map(read_run, runs)
+    assert list(map(len, group([one, muon, other]))) == [2, 1]
+    for changed in (
+        replace(other, settings=other.settings | {"learning_rate": 0.001}),
+        replace(other, settings=other.settings | {"dropout": 0.2}),
+        replace(other, data="other data"),
+    ):
+        assert len(group([one, changed])) == 2
 
 
 def test_compare_tells_bits_per_byte_of_the_runs_own_data(script, runs, data_dir, tmp_path):
@@ -126,16 +153,14 @@ def test_compare_refuses_spoiled_checkpoints_and_other_data(
 
 
 def test_benchmark_measures_all_that_it_promises(tmp_path):
-    stories = [f"Tom had {n} kites.\nThey were réd, all {n} of them." for n in range(300)]
-    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     output = tmp_path / "figures.json"
-    flags = ("--dataset", tmp_path / "stories.txt", "--output", output)
+    flags = ("--parts", "training", "decoding", "--output", output)
     # compiling would take minutes, and is torch's to test
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
     result = python("experiments/benchmark.py", *SMALL, *flags, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     report = json.loads(output.read_text())
-    assert {"training", "decoding", "tokenizing", "machine", "seconds"} == set(report)
+    assert {"training", "decoding", "machine", "seconds"} == set(report)
     for name in ("StoryGPT", "transformers"):
         for how in ("", ", compiled"):
             assert report["training"][f"{name}{how}, tokens/s"] > 0
@@ -143,16 +168,23 @@ def test_benchmark_measures_all_that_it_promises(tmp_path):
         for size in (1, 8, 64):
             assert report["decoding"][f"{name}, batch {size}, tokens/s"] > 0
         assert report["decoding"][f"{name}, first token, ms"] > 0
-    whole = [k for k in report["tokenizing"] if "prepare_data.py" in k]
-    assert [name.split(" x ")[0] for name in whole] == ["1", "4", "16"]
     figures = [v for part in report.values() if isinstance(part, dict) for v in part.values()]
     assert all(v > 0 and math.isfinite(v) for v in figures if isinstance(v, float))
     assert report["machine"]["dtype"] == "float32"
 
 
-def test_benchmark_reads_the_stories_as_they_are(tmp_path):
-    from experiments.benchmark import read_stories
+def test_benchmark_tokenizes_more_and_more_stories(tmp_path):
+    stories = [f"Tom had {n} kites.\nThey were réd, all {n} of them." for n in range(300)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    shape = (GPTConfig(), torch.device("cpu"), torch.float32)
+    numbers = {"batch_size": 1, "rounds": 1, "decode_tokens": 1, "seed": 1, "thorough": False}
+    setting = benchmark.Setting(*shape, **numbers)
+    figures = benchmark.measure_tokenizing(str(tmp_path / "stories.txt"), setting)
+    assert [name.split(" x ")[0] for name in figures] == ["1"] * 5 + ["4"] * 5
+    assert all(value > 0 and math.isfinite(value) for value in figures.values())
 
+
+def test_benchmark_reads_the_stories_as_they_are(tmp_path):
     stories = ["Ann ran.", "Ben — and “Kim” — sat.\n\nThey slept. ", "Dan did not.", "The 🦆 swam."]
     lines = "".join(json.dumps({"text": story}) + "\n" for story in stories)
     (tmp_path / "stories.jsonl").write_text(lines)
@@ -171,12 +203,7 @@ def test_benchmark_says_what_is_wrong_before_it_measures(fails, tmp_path):
     assert not output[1].exists()
 
 
-def test_benchmark_names_the_package_that_is_missing():
-    code = (
-        "import runpy, sys; sys.modules['transformers'] = None; "
-        "sys.argv = ['benchmark.py']; "
-        "runpy.run_path('experiments/benchmark.py', run_name='__main__')"
-    )
-    result = python("-c", code)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "pip install -r requirements-dev.txt" in result.stderr
+def test_benchmark_names_the_package_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-dev\.txt"):
+        make_setting(Arguments(output=tmp_path / "figures.json"))

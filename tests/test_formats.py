@@ -109,18 +109,22 @@ def test_any_gpt2_that_transformers_wrote_is_a_checkpoint(shape, tmp_path):
         assert told.tolist() == ours.generate(prompt, 20, 0).tolist()
 
 
-def with_tokenizer(folder: Path, *names: str, swap: int | None = None) -> Path:
-    """`folder` with the named files of GPT-2's tokenizer; two of its tokens trade ids at `swap`."""
+def with_tokenizer(folder: Path, *names: str, swap: int | None = None, late=None) -> Path:
+    """`folder` with the named files of GPT-2's tokenizer; two of its tokens trade ids at `swap`,
+    and the merge at `late` comes one place later."""
     files = tokenizer_files(50257, 64)
     vocab = json.loads(files["vocab.json"])
     tokenizer = json.loads(files["tokenizer.json"])
+    merges = tokenizer["model"]["merges"]
     if swap:
         by_id = sorted(vocab, key=vocab.get)
         vocab[by_id[swap]], vocab[by_id[swap + 1]] = swap + 1, swap
-    tokenizer["model"]["vocab"] = vocab
+    if late:
+        merges.insert(late + 1, merges.pop(late))
     # the spelling of tokenizers 0.20 and newer
-    tokenizer["model"]["merges"] = [pair.split(" ") for pair in tokenizer["model"]["merges"]]
+    tokenizer["model"] |= {"vocab": vocab, "merges": [pair.split(" ") for pair in merges]}
     files |= {"vocab.json": json.dumps(vocab), "tokenizer.json": json.dumps(tokenizer)}
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
     for name in names:
         (folder / name).write_text(files[name], encoding="utf-8")
     return folder
@@ -200,6 +204,10 @@ FOREIGN = {
         lambda f: with_tokenizer(f, "vocab.json", "merges.txt", swap=1000),
         "is a tokenizer of another kind",
     ),
+    "other merges": (
+        lambda f: with_tokenizer(f, "vocab.json", "merges.txt", late=1000),
+        "is a tokenizer of another kind",
+    ),
     "half a tokenizer": (
         lambda f: cut(with_tokenizer(f, "tokenizer.json") / "tokenizer.json"),
         "tokenizer.json is damaged",
@@ -252,9 +260,13 @@ def told(output: str) -> str:
     return output.split(" tokens in ")[0].rsplit("\n", 1)[0]
 
 
-def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, tmp_path, data_dir):
-    folder = with_tokenizer(write_gpt2(tmp_path / "gpt2"), *tokenizer_files(50257, 64))
+def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, fails, tmp_path, data_dir):
+    """Told from, trained on, published, told from again and published elsewhere."""
+    folder = write_gpt2(tmp_path / "gpt2", vocab_size=512)
+    for name, text in tokenizer_files(512, 64).items():
+        (folder / name).write_text(text, encoding="utf-8")
     as_bin(shutil.copytree(folder, tmp_path / "old"))
+    home, run = tmp_path / "hf", tmp_path / "run"
     with Hub() as hub:
         for name, source in (("gpt2-like", folder), ("old", tmp_path / "old")):
             files = {path.name: path.read_bytes() for path in source.iterdir()}
@@ -262,43 +274,80 @@ def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, tmp_path, data_dir
                 f"models/them/{name}", files | {"tf_model.h5": b"large", "onnx/a.bin": b"larger"}
             )
         hub.repos["models/them/gpt2-like"].commits[-1]["pytorch_model.bin"] = b"twice"
-        environment = hub.environment(tmp_path / "hf") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        stories = []
-        for checkpoint in (folder, "them/gpt2-like", "them/old"):
+        environment = hub.environment(home) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+        def greedy(checkpoint) -> str:
             flags = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 20)
             result = script("generate.py", *flags, "--device", "cpu", **environment)
             assert result.code == 0, result.output
-            stories.append(told(result.output))
-        assert stories[0] == stories[1] == stories[2]
+            return told(result.output)
+
+        assert greedy(folder) == greedy("them/gpt2-like") == greedy("them/old")
         for unread in ("tf_model.h5", "onnx/a.bin", "gpt2-like/resolve/.*/pytorch_model.bin"):
             assert not any(unread in request for request in hub.requests), unread
 
-        # a run that started from it, published, and told from
-        config, state_dict, _ = load_start(folder)
-        origin = {"checkpoint": "them/gpt2-like", "sha256": "0" * 64}
-        run = {"gpt_config": config, "model_state_dict": state_dict, "init_from": origin}
-        run |= {"training_config": TrainingConfig(), "step": 7, "val_loss": 2.5}
-        save_checkpoint(tmp_path / "run.pt", run)
-        flags = ("--repo_id", "you/StoryGPT", "--checkpoint", tmp_path / "run.pt")
-        result = script("upload_to_hf.py", *flags, "--data_dir", tmp_path, **environment)
+        flags = "--max_steps 2 --warmup_steps 0 --batch_size 2 --gradient_accumulation_steps 1 "
+        flags = (flags + "--learning_rate 0.01 --min_lr 0.01 --eval_iters 1 --device cpu").split()
+        flags += ["--data_dir", data_dir, "--checkpoint_dir", run]
+        result = script("train.py", "--init_from", "them/gpt2-like", *flags, **environment)
         assert result.code == 0, result.output
-        published = hub.repos["models/you/StoryGPT"].commits[-1]
+
+        def publish(repo_id, checkpoint) -> dict[str, bytes]:
+            flags = ("--repo_id", repo_id, "--checkpoint", checkpoint, "--data_dir", data_dir)
+            result = script("upload_to_hf.py", *flags, **environment)
+            assert result.code == 0, result.output
+            return hub.repos[f"models/{repo_id}"].commits[-1]
+
+        published = publish("you/StoryGPT", run / "StoryGPT_final.pt")
         card = published["README.md"].decode()
         assert "\nbase_model: them/gpt2-like\n" in card and "[them/gpt2-like](" in card
-        flags = ("--checkpoint", "you/StoryGPT", "--temperature", 0, "--max_new_tokens", 20)
-        result = script("generate.py", *flags, "--device", "cpu", **environment)
-        assert told(result.output) == stories[0]
+        assert greedy("you/StoryGPT") == greedy(run / "StoryGPT_final.pt") != greedy(folder)
+        # what was published is itself a checkpoint with all that a card says
+        again = publish("you/Again", "you/StoryGPT")
+        for name in set(published) - {"loss_plot.png", "StoryGPT.gguf", f"checkpoints/{BEST}"}:
+            content = published[name].replace(b"you/StoryGPT", b"you/Again")
+            content = content.replace(b"# StoryGPT\n", b"# Again\n")
+            content = content.replace(b"name: StoryGPT\n", b"name: Again\n")
+            content = content.replace(b"\n\n![Loss over training](loss_plot.png)\n", b"\n")
+            assert again[name] == content, name
+        flags = ("--repo_id", "you/Other", "--data_dir", data_dir, "--checkpoint")
+        fails("upload_to_hf.py", *flags, folder, says="start from it with --init_from")
+        fails("upload_to_hf.py", *flags, "you/none", says="cannot be downloaded", **environment)
     # the server is gone: what generate.py downloaded serves transformers, too
-    program = (
-        "from transformers import pipeline; print(pipeline('text-generation', 'you/StoryGPT')"
-        "('Once upon a time', do_sample=False, max_length=24)[0]['generated_text'])"
-    )
-    offline = os.environ | environment | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=offline, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert stories[0].startswith(result.stdout.strip())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    here = {"cache_dir": home / "hub", "local_files_only": True}
+    theirs = AutoModelForCausalLM.from_pretrained("you/StoryGPT", **here)
+    tokenizer = AutoTokenizer.from_pretrained("you/StoryGPT", **here)
+    prompt = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
+    ids = theirs.generate(prompt, do_sample=False, max_length=None, max_new_tokens=20)
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert text.strip() == greedy(run / "StoryGPT_final.pt").strip()
+
+
+def test_the_settings_that_others_read_are_the_models_own(tmp_path):
+    from transformers import GenerationConfig, GPT2Config
+
+    from generate import Arguments
+
+    shape = {"vocab_size": 300, "context_length": 48, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**shape, dropout=0.25, init_std=0.07, bias=False))
+    run = {"gpt_config": model.config, "model_state_dict": model.state_dict()}
+    run |= {"training_config": TrainingConfig(batch_size=3), "step": 7, "val_loss": 2.5}
+    write_folder(tmp_path, run)
+    theirs = GPT2Config.from_pretrained(tmp_path)
+    assert theirs.vocab_size == 300 and (theirs.n_layer, theirs.n_head) == (3, 2)
+    assert theirs.n_positions == theirs.n_ctx == 48 and theirs.n_embd == 16
+    assert theirs.attn_pdrop == theirs.embd_pdrop == theirs.resid_pdrop == 0.25
+    assert theirs.initializer_range == 0.07 and theirs.activation_function == "gelu_new"
+    told, default = GenerationConfig.from_pretrained(tmp_path), Arguments()
+    assert told.do_sample and told.max_length == 48
+    assert (told.temperature, told.top_k) == (default.temperature, default.top_k)
+    for ids in (theirs, told):
+        assert ids.eos_token_id == ids.bos_token_id == ids.pad_token_id == 299
+    loaded = load_model(tmp_path)[1]
+    assert loaded.keys() == run.keys()
+    assert all(loaded[key] == run[key] for key in run.keys() - {"model_state_dict"})
 
 
 def test_a_private_origin_is_not_published(script, tmp_path):

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import random
 import re
@@ -7,6 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +19,13 @@ import pytest
 from conftest import ROOT
 from hub_server import Fault, Hub, Repo
 
+import prepare_data
 from config import InputError
 from prepare_data import (
     LONG_WHITE_SPACE,
+    Encoded,
     batched,
+    copy_stories,
     encode_in_parallel,
     encode_stories,
     encode_text,
@@ -26,6 +33,7 @@ from prepare_data import (
     hold_out,
     start_workers,
 )
+from storygpt.token_files import SplitWriter
 from storygpt.tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
@@ -61,16 +69,35 @@ def write(folder, kind: str, stories: list[str]):
     return path
 
 
+@pytest.fixture
+def prepared(monkeypatch, capsys):
+    """prepared(dataset, folder, **flags) is what prepare_data.py prints, without the seconds that
+    its worker processes take to start: threads encode. Raises as it does."""
+
+    @contextmanager
+    def threads(num_proc: int, vocab_size: int):
+        with ThreadPoolExecutor(num_proc) as pool:
+            yield pool
+
+    def run(dataset, folder, **flags) -> str:
+        monkeypatch.setattr(prepare_data, "start_workers", threads)
+        flags = {"dataset": str(dataset), "data_dir": folder, "num_proc": 2} | flags
+        capsys.readouterr()
+        prepare_data.prepare(prepare_data.Arguments(**flags))
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
-def test_every_file_type_holds_out_a_share_and_loses_nothing(kind, script, tmp_path):
+def test_every_file_type_holds_out_a_share_and_loses_nothing(kind, prepared, tmp_path):
     stories = [s for s in STORIES if kind != "txt" or "<|endoftext|>" not in s]
     path = write(tmp_path, kind, stories)
-    flags = ("--dataset", path, "--data_dir", tmp_path / "out", "--validation_fraction", 0.1)
-    result = script("prepare_data.py", *flags, "--num_proc", 2)
-    assert result.code == 0, result.output
+    prepared(path, tmp_path / "out", validation_fraction=0.1, seed=len(kind))
     train, validation = read(tmp_path / "out", "train"), read(tmp_path / "out", "validation")
     held_out = stories_of(validation)
-    assert len(held_out) == 30 and held_out == [s for s in stories if s in held_out]
+    drawn = np.flatnonzero(hold_out(len(stories), 0.1, len(kind), ""))
+    assert len(held_out) == 30 and held_out == [stories[i] for i in drawn]
     assert validation == naive(held_out)
     assert train == naive([s for s in stories if s not in held_out])
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
@@ -82,27 +109,45 @@ def test_every_file_type_holds_out_a_share_and_loses_nothing(kind, script, tmp_p
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("stories", [["A.", "B."], ["", "A.", "  ", None, "B.", "", "C."]])
-def test_empty_stories_are_never_the_ones_held_out(stories, seed, script, tmp_path):
+def test_empty_stories_are_never_the_ones_held_out(stories, seed, prepared, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
-    flags = ("--dataset", path, "--data_dir", tmp_path / "out", "--seed", seed, "--num_proc", 1)
-    result = script("prepare_data.py", *flags)
-    assert result.code == 0, result.output
+    said = prepared(path, tmp_path / "out", seed=seed)
     train, validation = (stories_of(read(tmp_path / "out", s)) for s in ("train", "validation"))
     assert (
         len(validation) == 1 and sorted(train + validation) == ["A.", "B.", "C."][: len(train) + 1]
     )
-    assert f"{len(stories) - len(train) - 1} empty stories skipped" in result.output
+    assert f"{len(stories) - len(train) - 1} empty stories skipped" in said
 
 
 @pytest.mark.parametrize(("number", "fraction", "held_out"), [
     (2, 0.01, 1), (3, 0.9, 2), (1000, 0.01, 10), (150, 0.01, 2), (10, 0.5, 5),
+    (30_000, 0.001, 30), (2_000_000, 1e-6, 2), (1000, 1e-12, 1), (1000, 0.9999, 999),
 ])  # fmt: skip
 def test_the_share_held_out_is_exact(number, fraction, held_out):
     drawn = [hold_out(number, fraction, seed, "x") for seed in range(5)]
     assert [d.sum() for d in drawn] == [held_out] * 5
     assert number == 2 or len({d.tobytes() for d in drawn}) > 1
     assert (hold_out(number, fraction, 3, "x") == drawn[3]).all()
+
+
+def test_long_runs_of_stories_are_copied_whole(tmp_path):
+    """Longer than what is read at once, with gaps before, between and behind."""
+    rng = np.random.default_rng(0)
+    lengths = np.full(3_500, 1_000, np.uint32)
+    ids = rng.integers(50_000, size=(3_500, 1_000)).astype("<u2")
+    ids.tofile(tmp_path / "all.ids")
+    keep = np.ones(3_500, bool)
+    keep[[0, 2_500, 2_501, 3_499]] = False  # runs of 2,499 and 997 stories
+    sizes = rng.integers(1, 5_000, 3_500).astype(np.uint32)
+    encoded = Encoded(ids[:0].ravel(), lengths, sizes, np.empty((3_500, 2), np.uint64))
+    writer = SplitWriter(tmp_path / "train.bin")
+    with open(tmp_path / "all.ids", "rb") as file:
+        copy_stories(file, encoded, keep, writer)
+    counts = writer.close()
+    assert np.array_equal(np.fromfile(tmp_path / "train.bin", "<u2"), ids[keep].ravel())
+    assert (counts["stories"], counts["tokens"]) == (3_496, 3_496_000)
+    assert counts["bytes"] == sizes[keep].sum()
 
 
 def test_splits_are_taken_as_found_and_empty_stories_counted(script, tmp_path):
@@ -240,24 +285,23 @@ def test_subsets_revisions_and_parts_of_a_data_set_on_the_hub(script, fails, tmp
     fails("prepare_data.py", *flags, "--revision", first, says="cannot be reached", **environment)
 
 
-def test_duplicates_are_counted_and_dropped_where_asked(script, fails, tmp_path):
+def test_duplicates_are_counted_and_dropped_where_asked(prepared, tmp_path):
     train, validation = ["A.", "B.", "A.", "C.", "B.", "A. "], ["B.", "D.", "B."]
     for split, stories in (("train", train), ("dev", validation)):
         rows = "".join(json.dumps({"text": story}) + "\n" for story in stories)
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    flags = ("--dataset", tmp_path, "--data_dir", tmp_path / "out", "--num_proc", 1)
-    for more, left in (((), train), (("--deduplicate",), ["A.", "C.", "A. "])):
-        result = script("prepare_data.py", *flags, *more)
-        assert result.code == 0, result.output
+    for deduplicate, left in ((False, train), (True, ["A.", "C.", "A. "])):
+        said = prepared(tmp_path, tmp_path / "out", deduplicate=deduplicate)
         assert stories_of(read(tmp_path / "out", "train")) == left
         assert stories_of(read(tmp_path / "out", "validation")) == validation
         meta = json.loads((tmp_path / "out" / "meta.json").read_text())
         assert meta["duplicates"] == {"in train": 2, "validation in train": 2}
         assert meta["splits"]["train"]["stories"] == len(left)
         assert meta["splits"]["train"]["bytes"] == sum(map(len, left))
-        assert "2 train stories repeat another, 2 validation stories are in train" in result.output
+        assert "2 train stories repeat another, 2 validation stories are in train" in said
     (tmp_path / "train.jsonl").write_text('{"text": "D."}\n')
-    fails("prepare_data.py", *flags, "--deduplicate", says="leave out --deduplicate")
+    with pytest.raises(InputError, match="leave out --deduplicate"):
+        prepared(tmp_path, tmp_path / "out", deduplicate=True)
 
 
 def test_duplicates_agree_with_sets_of_the_stories_themselves():
@@ -275,26 +319,23 @@ def test_duplicates_agree_with_sets_of_the_stories_themselves():
         assert in_train == sum(story in set(train) for story in validation)
 
 
-def test_what_was_not_read_is_said_in_one_line(script, tmp_path):
+def test_what_was_not_read_is_said_in_one_line(prepared, tmp_path):
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"text": "A."}\n')
     for name in ("LICENSE.txt", "old.txt", "x.zip"):
         (tmp_path / name).write_text("B.")
-    result = script("prepare_data.py", "--dataset", tmp_path, "--data_dir", tmp_path / "out")
-    assert result.code == 0, result.output
-    (line,) = [line for line in result.output.splitlines() if line.startswith("not read: ")]
+    said = prepared(tmp_path, tmp_path / "out")
+    (line,) = [line for line in said.splitlines() if line.startswith("not read: ")]
     for name in ("test.jsonl", "LICENSE.txt", "old.txt", "x.zip"):
         assert name in line
 
 
-def test_output_does_not_depend_on_the_number_of_processes(script, tmp_path):
-    files = []
-    for num_proc in (1, 3):
-        out = tmp_path / str(num_proc)
-        flags = ("--dataset", "builtin", "--vocab_size", 512, "--num_proc", num_proc)
-        assert script("prepare_data.py", *flags, "--data_dir", out).code == 0
-        files.append([(out / n).read_bytes() for n in ("train.bin", "validation.bin", "meta.json")])
-    assert files[0] == files[1]
+def test_output_does_not_depend_on_the_number_of_processes(monkeypatch):
+    monkeypatch.setattr(prepare_data, "BATCH", 10)
+    with start_workers(3, 512) as pool:
+        parts = [*encode_in_parallel(batched(STORIES), pool, 512, num_proc=3)]
+    assert len(parts) == 30
+    assert np.concatenate([part.ids for part in parts]).tolist() == naive(STORIES, 512)
 
 
 def test_stories_are_read_only_a_little_ahead_of_those_written():
@@ -304,7 +345,7 @@ def test_stories_are_read_only_a_little_ahead_of_those_written():
         nonlocal read
         for _ in range(number):
             read += size
-            yield "A." * (size // 2)
+            yield (" responsibility" * size)[:size]  # few tokens for its length
 
     with start_workers(1, 300) as pool:
         for number, size, most in ((30_000, 2, 10_000), (300, 2**17, 5 * 2**20)):
@@ -344,7 +385,11 @@ def test_white_space_is_cut_where_the_pattern_cuts_it(before, after):
     for length in (999, 1000, 1001, 5000):
         text = before + "".join(rng.choices(WHITE, k=length)) + after + " end. " + " " * length
         pieces = [text[m.start() : m.end()] for m in LONG_WHITE_SPACE.finditer(text)]
-        assert len(pieces) == 1 + (length >= 1000) or length < 1001
+        # the blanks between, of which the last leads the word behind, and those at the end
+        between = length + (after in ("", " ", "\n")) + (after in (" ", "\n"))
+        assert list(map(len, pieces)) == [between - 1] * (between > 1000) + [length + 1] * (
+            length >= 999
+        )
         refuses = Refusing(tokenizer, len(text))
         assert encode_text(text, refuses).tolist() == tokenizer.encode_ordinary(text)
 
@@ -384,13 +429,17 @@ def test_what_cannot_be_encoded_is_one_sentence():
     ):
         encode_text("Once upon", Refusing(load_tokenizer(), len("Once upon")))
     with (
+        pytest.raises(InputError, match="pass a smaller --num_proc"),
         start_workers(1, 300) as pool,
-        pytest.raises(InputError, match="a worker failed to encode"),
     ):
-        list(encode_in_parallel([[None]], pool, 300, 1))
+        with pytest.raises(InputError, match="a worker failed to encode"):
+            list(encode_in_parallel([[None]], pool, 300, 1))
+        for worker in active_children():
+            worker.kill()  # as Linux does where memory runs out
+        list(encode_in_parallel([["A."]] * 3, pool, 300, 1))
 
 
-def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
+def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     old = {"train.bin": b"old", "validation.bin": b"old", "meta.json": b"old"}
@@ -404,26 +453,35 @@ def test_mistakes_are_named_and_leave_the_old_files(fails, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     (tmp_path / "notes.doc").write_text("hm")
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
-    for flags, says, environment in (
-        (["--dataset", table, "--text_column", "body"], "has no column 'body'", {}),
-        (["--dataset", tmp_path / "empty.txt"], "has no stories for the train split", {}),
-        (["--dataset", tmp_path / "one.txt"], "one story alone", {}),
-        (["--dataset", table, "--max_stories", 1], "one story alone", {}),
-        (["--dataset", table, "--max_stories", 0], "max_stories 0 is below 1", {}),
-        (["--dataset", table, "--validation_fraction", "nan"], "not between 0 and 1", {}),
-        (["--dataset", table, "--subset", "en"], "leave out --subset", {}),
-        (["--dataset", tmp_path / "latin.txt"], "is not UTF-8", {}),
-        (["--dataset", tmp_path / "broken.jsonl"], "row 2 is not JSON", {}),
-        (["--dataset", tmp_path / "broken.parquet"], "cannot", {}),
-        (["--dataset", tmp_path / "notes.doc"], "is of no kind this script reads", {}),
-        (["--dataset", tmp_path / "missing.txt"], "there is no file or folder", {}),
-        (["--dataset", "no such name"], "neither a file, a folder nor", closed),
-        ([], "--dataset builtin", closed),
-        (["--vocab_size", 70_000], "pass --vocab_size with 257 to 50257", {}),
-        (["--dataset", "builtin", "--validation_fraction", 1], "not between 0 and 1", {}),
-        (["--dataset", "builtin", "--num_proc", 0], "num_proc 0 is below 1", {}),
+
+    def check(says: str, **flags) -> None:
+        with pytest.raises(InputError, match=re.escape(says)):
+            prepared(flags.pop("dataset", "builtin"), out, **flags)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == old, flags
+
+    for dataset, says in (
+        (tmp_path / "empty.txt", "has no stories for the train split"),
+        (tmp_path / "one.txt", "one story alone"),
+        (tmp_path / "latin.txt", "is not UTF-8"),
+        (tmp_path / "broken.jsonl", "row 2 is not JSON"),
+        (tmp_path / "broken.parquet", "cannot"),
+        (tmp_path / "notes.doc", "is of no kind this script reads"),
+        (tmp_path / "missing.txt", "there is no file or folder"),
     ):
-        fails("prepare_data.py", *flags, "--data_dir", out, says=says, **environment)
+        check(says, dataset=dataset)
+    check("has no column 'body'", dataset=table, text_column="body")
+    check("one story alone", dataset=table, max_stories=1)
+    check("max_stories 0 is below 1", max_stories=0)
+    check("not between 0 and 1", validation_fraction=math.nan)
+    check("not between 0 and 1", validation_fraction=1)
+    check("leave out --subset", dataset=table, subset="en")
+    check("pass --vocab_size with 257 to 50257", vocab_size=70_000)
+    check("num_proc 0 is below 1", num_proc=0)
+    for flags, says in (
+        (["--dataset", "no such name"], "neither a file, a folder nor"),
+        ([], "--dataset builtin"),
+    ):
+        fails("prepare_data.py", *flags, "--num_proc", 1, "--data_dir", out, says=says, **closed)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == old, flags
 
 
@@ -432,7 +490,7 @@ def test_interrupted_run_leaves_the_old_files(number, script, tmp_path):
     stories, tmp_path = tmp_path / "stories.txt", tmp_path / "data"
     tmp_path.mkdir()
     (tmp_path / "meta.json").write_text("old")
-    stories.write_text(("Tom had a red kite. " * 50 + "\n<|endoftext|>\n") * 100_000)  # for seconds
+    stories.write_text(("Tom had a red kite. " * 50 + "\n<|endoftext|>\n") * 40_000)  # for seconds
     process = script.start("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path)
     while not list(tmp_path.glob(".prepare-*/train.ids")):
         assert process.is_alive()
@@ -464,16 +522,21 @@ def test_real_tinystories(script, tinystories, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    ("kind", "number", "length"),
-    [("parquet", 100_000, 1), ("jsonl", 1_000, 100), ("txt", 1_000, 100)],
+    ("kind", "number", "length", "text"),
+    [
+        ("parquet", 80_000, 1, " One day, a cat named Tom saw a big red ball in the park."),
+        # long words are few tokens, and so the quicker
+        ("jsonl", 1_000, 100, " responsibility understanding international communication"),
+        ("txt", 1_000, 100, " responsibility understanding international communication"),
+    ],
 )
 def test_memory_grows_neither_with_the_stories_nor_with_their_length(
-    kind, number, length, tmp_path
+    kind, number, length, text, tmp_path
 ):
     code = "import prepare_data; prepare_data.main(); print(open('/proc/self/status').read())"
-    story = "One day, a cat named Tom saw a big red ball in the park. " * 18  # 1 kB
+    story = text * 18  # 1 kB
     peaks = []
-    for count, times in ((5_000, 1), (number, length)):  # 100 MB
+    for count, times in ((2_000, 1), (number, length)):  # about 100 MB
         path, out = tmp_path / f"{count}.{kind}", tmp_path / str(count)
         if kind == "parquet":
             with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:

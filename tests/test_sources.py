@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from config import InputError
+from storygpt.builtin_stories import sample_stories
 from storygpt.readers import JSONStream
 from storygpt.sources import open_stories, split_of
 
@@ -300,6 +301,13 @@ def test_a_readme_that_declares_nothing_is_a_note(tmp_path):
     refused(tmp_path, "leave out --subset, --revision", revision="main")
 
 
+def test_the_built_in_stories_are_those_of_the_seed():
+    for seed in (0, 3):
+        stories = open_stories("builtin", seed=seed)
+        told = [next(stories.splits["train"]) for _ in range(3)]
+        assert told == list(sample_stories(3, seed)) and stories.total == 20_000
+
+
 # --- Rows ---
 
 
@@ -410,11 +418,14 @@ def test_text_and_json_are_read_the_same_in_pieces_of_any_size(size, tmp_path, m
         {"n": -12.5, "text": 'a "b" \\ ]}<|endoftext|>', "m": {"x": [1, {"y": None}]}},
         {"text": ""},
     ]
-    put(tmp_path, {"a.txt": txt(LONG), "b.json": json.dumps({"n": [1, 2], "rows": rows}, indent=3)})
+    put(
+        tmp_path,
+        {"a.txt": txt(LONG), "b.json": json.dumps({"n": [10, -2.5, 1e20], "rows": rows}, indent=3)},
+    )
     assert read(tmp_path / "a.txt") == {"train": LONG}
     assert read(tmp_path / "b.json") == {"train": [row["text"] for row in rows]}
     with open(tmp_path / "b.json") as file:
-        assert JSONStream(file).value() == {"n": [1, 2], "rows": rows}
+        assert JSONStream(file).value() == {"n": [10, -2.5, 1e20], "rows": rows}
     put(tmp_path, {"b.json": '[{"text": "A"}, {"text": "B"'})
     refused(tmp_path / "b.json", "cannot read")
 

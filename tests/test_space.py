@@ -18,9 +18,11 @@ import pytest
 import torch
 from conftest import ROOT
 from hub_server import Hub
+from tokenizers import Tokenizer
 
 from model import GPT
 from storygpt.checkpoint import load_model
+from storygpt.formats import tokenizer_files
 from storygpt.telling import tell
 
 gradio_client = pytest.importorskip("gradio_client")
@@ -204,6 +206,19 @@ def test_odd_input_is_answered_and_the_server_lives(space):
         with pytest.raises(Exception, match=re.escape(says)):
             ask(client, "Once", *settings)
     assert stories(ask(client, "Once"))
+
+
+def test_every_setting_is_that_of_generate(app, space):
+    tokenizer = Tokenizer.from_str(tokenizer_files(512, 64)["tokenizer.json"])
+    answers = app.Answers(app.Storyteller("tiny", space.model, tokenizer))
+    settings = (25, 1.3, 9, 0.7)  # length, temperature, top-k, top-p
+    *_, (html, told) = answers.tell("One day", "7", 3, *settings)
+    expected = tell(space.model, "One day", [7, 8, 9], *settings)
+    assert stories(html) == [text for text, _ in expected] and [s.seed for s in told] == [7, 8, 9]
+    for i, other in enumerate((24, 0.8, 2, 0.1)):
+        changed = (*settings[:i], other, *settings[i + 1 :])
+        assert tell(space.model, "One day", [7, 8, 9], *changed) != expected
+    assert answers.next_seed("7", 3) == "10" and answers.next_seed("x", 3) == "x"
 
 
 # --- What it shows inside ---

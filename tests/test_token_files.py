@@ -6,10 +6,12 @@ import pytest
 
 from config import InputError
 from storygpt.token_files import (
+    SplitWriter,
     bits_per_byte,
     data_fingerprint,
     epoch_layout,
     epoch_order,
+    install,
     load_meta,
     load_tokens,
     training_batch,
@@ -191,6 +193,54 @@ def test_ids_and_models_of_another_vocabulary_are_named(data_dir, tmp_path):
         load_tokens(folder, "train", load_meta(folder, 300), 64)
     with pytest.raises(InputError, match="pass --vocab_size 300 to train"):
         load_meta(folder, 512)
+
+
+def test_an_id_just_outside_the_vocabulary_is_named(tmp_path):
+    for highest, good in ((299, True), (300, False)):
+        meta = small_data(tmp_path, np.array([1, highest, 299], "<u2"))
+        if good:
+            assert load_tokens(tmp_path, "train", meta, 1).tolist() == [1, highest, 299]
+            continue
+        with pytest.raises(InputError, match="holds token 300, outside its vocabulary of 300"):
+            load_tokens(tmp_path, "train", meta, 1)
+
+
+def test_large_files_are_verified_to_their_end(tmp_path):
+    tokens = np.zeros(2**23 + 1_000, "<u2")  # more than is read at once
+    tokens[-5:] = 1, 2, 3, 4, 299
+    meta = small_data(tmp_path, tokens)
+    assert load_tokens(tmp_path, "train", meta, 64)[-5:].tolist() == [1, 2, 3, 4, 299]
+    tokens[-3] = 5
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(InputError, match="checksum differs"):
+        load_tokens(tmp_path, "train", meta, 64)
+    tokens[-3] = 300
+    with pytest.raises(InputError, match="holds token 300"):
+        load_tokens(tmp_path, "train", small_data(tmp_path, tokens), 64)
+
+
+def small_data(folder, tokens: np.ndarray) -> dict:
+    """Token files with the same tokens as both splits, in a vocabulary of 300; their meta.json."""
+    counts, scratch = {}, folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    for split in ("train", "validation"):
+        writer = SplitWriter(scratch / f"{split}.bin")
+        writer.write(tokens)
+        writer.count(1, 1)
+        counts[split] = writer.close()
+    meta = {"vocab_size": 300, "end_of_text": 299, "dataset": "x", "splits": counts}
+    install(scratch, folder, meta)
+    return load_meta(folder, 300)
+
+
+def test_files_swapped_in_part_do_not_count_as_prepared(tmp_path):
+    meta = small_data(tmp_path, np.array([1, 2, 299], "<u2"))
+    SplitWriter(tmp_path / "scratch" / "train.bin").close()
+    with pytest.raises(FileNotFoundError):  # a disk that fails after the first of the two
+        install(tmp_path / "scratch", tmp_path, meta)
+    assert (tmp_path / "train.bin").stat().st_size == 0
+    with pytest.raises(InputError, match="no prepared data"):
+        load_meta(tmp_path, 300)
 
 
 def test_split_shorter_than_a_window_is_named(data_dir):

