@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import GPTConfig, InputError
 from model import GPT, sample, written_out_attention
-from storygpt.kernels import chunked_cross_entropy
+from storygpt.kernels import chunked_cross_entropy, speed_up_training
 
 SMALL = GPTConfig(vocab_size=301, context_length=32, n_layer=3, n_head=4, n_embd=48, dropout=0.0)
 
@@ -124,15 +124,17 @@ def test_model_works_without_sdpa(monkeypatch):
     assert torch.allclose(model(x)[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("form", ["plain", "without SDPA", "of training"])
 @torch.no_grad()
-def test_training_drops_at_every_site(written_out, device, monkeypatch):
+def test_training_drops_at_every_site(form, device, monkeypatch):
     """What leaves a site is 0 as often as it should be, and else what there is without dropout,
     made up for by 1 / (1 - p). A mean over many draws would be the same without any."""
-    if written_out:
-        monkeypatch.delattr(F, "scaled_dot_product_attention")
     p, x = 0.25, ids(100, 8, device)
     model = small_gpt(device, dropout=p)
+    if form == "without SDPA":
+        monkeypatch.delattr(F, "scaled_dot_product_attention")
+    elif form == "of training":
+        speed_up_training(model, torch.device(device))
     block, seen = model.h[0], {}
     block.register_forward_pre_hook(lambda _, inputs: seen.update(embedding=inputs[0]))
     block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: seen.update(y=inputs[0]))
