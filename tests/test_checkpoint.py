@@ -11,7 +11,14 @@ from conftest import python
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint, write_atomically
+from storygpt.checkpoint import (
+    fit_start,
+    load_checkpoint,
+    load_model,
+    load_start,
+    save_checkpoint,
+    write_atomically,
+)
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=8)
 
@@ -153,3 +160,36 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         save_checkpoint(tmp_path / "no folder" / "a.pt", new_checkpoint())
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.pt", old)]
+
+
+def test_who_is_reading_the_old_file_reads_it_to_its_end(tmp_path):
+    """A copy in place would change it under the reader, and be half of each where it fails."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, new_checkpoint(step=1))
+    old = path.read_bytes()
+    with open(path, "rb") as reader:
+        begun = reader.read(100)
+        save_checkpoint(path, new_checkpoint(step=2))
+        assert begun + reader.read() == old
+    assert load_checkpoint(path)["step"] == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no modes here")
+def test_files_are_as_open_to_others_as_the_users_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(tmp_path / "a.pt", new_checkpoint())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.pt").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_shorter_context_keeps_the_first_positions(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", new_checkpoint())
+    start = load_start(tmp_path / "a.pt")
+    weights = fit_start(start, replace(CONFIG, context_length=5))
+    model = GPT(replace(CONFIG, context_length=5)).eval()
+    model.load_state_dict(weights)
+    whole, _ = load_model(tmp_path / "a.pt")
+    x = torch.arange(5)[None]
+    assert torch.allclose(model(x)[0], whole(x)[0], atol=1e-6)

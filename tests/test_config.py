@@ -1,18 +1,43 @@
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
 
 from config import GPTConfig, InputError, TrainingConfig, preset
 
+# The reference's own table, field by field, and what it leaves to us: GPT-2's initialization and
+# betas, and how often to save.
+REFERENCE = {
+    "vocab_size": 50257, "context_length": 256, "n_layer": 10, "n_head": 8, "n_embd": 512,
+    "dropout": 0.1, "bias": True, "init_std": 0.02,
+    "batch_size": 64, "gradient_accumulation_steps": 4, "max_steps": 50_000, "warmup_steps": 1_000,
+    "learning_rate": 3e-4, "min_lr": 3e-5, "optimizer": "adamw", "weight_decay": 0.1,
+    "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "story_windows": 0.0, "eval_interval": 500,
+    "eval_iters": 100, "save_minutes": 10.0, "keep_interval": 0, "dtype": "auto", "device": "auto",
+    "compile": None, "seed": 1337,
+}  # fmt: skip
+# The demo's 1,500 steps of 1,536 tokens were fitted to it: experiments/RESULTS.md.
+DEMO = REFERENCE | {
+    "vocab_size": 4096, "context_length": 192, "n_layer": 2, "n_embd": 128, "dropout": 0.0,
+    "init_std": 0.09, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1_500,
+    "warmup_steps": 50, "learning_rate": 8e-3, "min_lr": 2e-4, "weight_decay": 0.01,
+    "story_windows": 0.75, "eval_interval": 150, "eval_iters": 10, "dtype": "float32",
+}  # fmt: skip
+# GPT-2's smallest, of Radford et al., 2019, trained by the same recipe.
+GPT2 = REFERENCE | {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 
-def test_defaults_are_the_reference():
-    gpt, training = preset("storygpt")
-    assert (gpt.n_layer, gpt.n_head, gpt.n_embd) == (10, 8, 512)
-    assert (gpt.context_length, gpt.vocab_size, gpt.dropout, gpt.bias) == (256, 50257, 0.1, True)
-    tokens = training.batch_size * training.gradient_accumulation_steps * gpt.context_length
-    assert (tokens, training.max_steps) == (65_536, 50_000)
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("storygpt", REFERENCE), ("demo", DEMO), ("gpt2", GPT2)]
+)
+def test_presets_are_the_tables(name, table):
+    gpt, training = preset(name)
+    chosen = asdict(gpt) | asdict(training.with_learning_rates(gpt.n_embd))
+    assert chosen.pop("min_lr") == pytest.approx(table["min_lr"])  # a tenth of 3e-4 has rounding
+    assert chosen == {key: value for key, value in table.items() if key != "min_lr"}
+    assert (asdict(GPTConfig()) | asdict(TrainingConfig())).keys() == table.keys()
 
 
 @pytest.mark.parametrize(

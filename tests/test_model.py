@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import GPTConfig, InputError
 from model import GPT, sample, written_out_attention
-from storygpt.kernels import chunked_cross_entropy
+from storygpt.kernels import chunked_cross_entropy, speed_up_training
 
 SMALL = GPTConfig(vocab_size=301, context_length=32, n_layer=3, n_head=4, n_embd=48, dropout=0.0)
 
@@ -122,20 +122,38 @@ def test_model_works_without_sdpa(monkeypatch):
     expected, _ = model(x)
     monkeypatch.delattr(F, "scaled_dot_product_attention")
     assert torch.allclose(model(x)[0], expected, atol=1e-4)
-    torch.manual_seed(0)
-    dropped, _ = written_out_attention(*torch.ones(3, 1, 1, 64, 64).unbind(), dropout_p=0.5)
-    assert dropped.std() > 0.05  # without dropout all are 1
 
 
-def test_training_drops_attention_weights_as_sdpa_does(device):
-    torch.manual_seed(0)
-    model = small_gpt(dropout=0.2).to(device).train()
-    layer, x = model.h[0].attn, torch.randn(1, 16, 48, device=device)
-    with torch.no_grad():
-        mean = sum(layer(x) for _ in range(4000)) / 4000
-        expected = layer.eval()(x)
-    # dropping weights and outputs moves no mean; of 4,000 draws it strays by about 1 %
-    assert torch.allclose(mean, expected, atol=0.1 * expected.std().item())
+@pytest.mark.parametrize("form", ["plain", "without SDPA", "of training"])
+@torch.no_grad()
+def test_training_drops_at_every_site(form, device, monkeypatch):
+    """What leaves a site is 0 as often as it should be, and else what there is without dropout,
+    made up for by 1 / (1 - p). A mean over many draws would be the same without any."""
+    p, x = 0.25, ids(100, 8, device)
+    model = small_gpt(device, dropout=p)
+    if form == "without SDPA":
+        monkeypatch.delattr(F, "scaled_dot_product_attention")
+    elif form == "of training":
+        speed_up_training(model, torch.device(device))
+    block, seen = model.h[0], {}
+    block.register_forward_pre_hook(lambda _, inputs: seen.update(embedding=inputs[0]))
+    block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: seen.update(y=inputs[0]))
+    block.attn.register_forward_hook(lambda _, __, output: seen.update(attention=output))
+    block.mlp.register_forward_hook(lambda _, inputs, output: seen.update(mlp=(*inputs, output)))
+    model.train()(x)
+    mlp_input, mlp = seen["mlp"]
+    # The first token looks at itself alone: a head's whole value is dropped there, or kept.
+    _, _, v = block.attn.heads(block.ln_1(seen["embedding"]))
+    first = seen["y"][:, 0].view(100, 4, 12)
+    for name, ours, whole in (
+        ("embedding", seen["embedding"], model.wte(x) + model.wpe.weight[:8]),
+        ("attention weights", first, v[:, :, 0]),
+        ("attention", seen["attention"], block.attn.c_proj(seen["y"])),
+        ("mlp", mlp, block.mlp.eval()(mlp_input)),
+    ):
+        zero = ours == 0
+        assert zero.float().mean().item() == pytest.approx(p, abs=0.07), name
+        assert torch.allclose(ours[~zero], whole[~zero] / (1 - p), atol=1e-4), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,6 +243,9 @@ def test_samples_follow_the_distribution():
         ({"top_p": 0.7}, torch.cat([logits[0, :2].softmax(0), torch.zeros(3)])),
         ({"top_p": 0.5}, torch.tensor([1.0, 0, 0, 0, 0])),
         ({"top_k": 100}, logits[0].softmax(0)),
+        # of three .665 .245 .090, so that two reach 0.7 and one reaches 0.65: of all it would not
+        ({"top_k": 3, "top_p": 0.7}, torch.cat([logits[0, :2].softmax(0), torch.zeros(3)])),
+        ({"top_k": 3, "top_p": 0.65}, torch.tensor([1.0, 0, 0, 0, 0])),
     ):
         assert (frequencies(**sampling) - expected).abs().max() < 0.012, sampling
 
@@ -242,6 +263,10 @@ def test_end_of_text_ends_rows_and_then_the_stream(device):
         assert set(row[first + 1 :]) <= {end}
         longest = max(longest, first + 1)
     assert stopped.size(1) == longest
+    alone = model.generate(x[:1], 28, temperature=0, end_of_text=end)[0, 4:].tolist()
+    assert alone == free[0, : free[0].tolist().index(end) + 1].tolist()  # and nothing after it
+    twice = model.generate(x[[0, 0]], 28, temperature=0, end_of_text=end)
+    assert twice.size(1) == 4 + len(alone)
 
 
 def test_generation_leaves_training_mode_as_it_was():

@@ -1,15 +1,36 @@
 """The optimizers, their schedule, and float16's choreography."""
 
+import copy
+import math
+
 import pytest
 import torch
 
-from config import GPTConfig, TrainingConfig
+from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from storygpt.optimizer import build_optimizers, build_schedule, parameter_groups
+from storygpt.optimizer import Optimizer, build_optimizers, build_schedule, parameter_groups
+from storygpt.run_folder import TrainState
+
+SHAPE = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+CPU = torch.device("cpu")
+
+
+def recipe(**changes) -> TrainingConfig:
+    numbers = {"learning_rate": 0.01, "min_lr": 0.001, "warmup_steps": 2, "max_steps": 10}
+    return TrainingConfig(**numbers | changes)
+
+
+def loss_of(model: GPT) -> torch.Tensor:
+    x = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(3))
+    return model(x[:, :-1], x[:, 1:])[1]
+
+
+def weights_of(model: GPT) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_parameter_groups_decay_matrices_only():
-    model = GPT(GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(SHAPE)
     names = {id(p): n for n, p in model.named_parameters()}
     groups = parameter_groups(model, 0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
@@ -25,7 +46,7 @@ def test_muon_orthogonalizes_the_blocks_matrices_and_leaves_the_rest_to_adamw():
         optimizer="muon", learning_rate=0.01, min_lr=0, weight_decay=0.0, max_steps=2_000
     )
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(SHAPE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = torch.randint(300, (8, 17))
     model(x[:, :-1], x[:, 1:])[1].backward()
@@ -58,3 +79,67 @@ def test_schedule_is_the_references():
     assert max(rates) == rates[100] == pytest.approx(3e-4)
     assert rates[300] == pytest.approx((3e-4 + 3e-5) / 2)
     assert rates[499] == pytest.approx(3e-5, rel=1e-2)
+
+
+def test_clipping_is_of_the_whole_gradient_and_0_turns_it_off():
+    """AdamW's second step tells: the first is the gradient's sign at any size."""
+    moved = {}
+    for clip in (0.0, 1e9, 0.1):
+        torch.manual_seed(0)
+        model = GPT(SHAPE)
+        optimizer = Optimizer(model, recipe(grad_clip=clip), CPU, torch.float32)
+        before = weights_of(model)
+        for factor in (1, 5):
+            optimizer.backward(factor * loss_of(model))
+            norm, _ = optimizer.step()
+        assert norm > 0.5  # that before clipping
+        moved[clip] = weights_of(model) - before
+    assert moved[0.0].abs().max() > 1e-3
+    assert torch.equal(moved[0.0], moved[1e9]) and not torch.allclose(moved[0.0], moved[0.1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_float16_does_what_float32_does_and_a_skipped_step_leaves_no_trace(name):
+    """The scale is a power of two: what it does to the gradients can be undone to the last bit."""
+    config = recipe(optimizer=name, grad_clip=0.5)
+    torch.manual_seed(0)
+    model = GPT(SHAPE)
+    plain_model = copy.deepcopy(model)
+    scaled = Optimizer(model, config, CPU, torch.float16)
+    plain = Optimizer(plain_model, config, CPU, torch.float32)
+    scale = scaled.scaler.get_scale()
+    for overflow in (False, True, False, True, True, False):
+        before, rate = weights_of(model), scaled.learning_rate
+        scaled.backward(loss_of(model))
+        if overflow:  # in one matrix: of Muon's and AdamW's, one has finite gradients alone
+            model.h[1].mlp.c_fc.weight.grad[3, 3] = math.inf
+            scale /= 2
+        norm, skipped = scaled.step()
+        assert skipped == overflow and scaled.scaler.get_scale() == scale
+        if overflow:
+            assert torch.equal(weights_of(model), before) and scaled.learning_rate == rate
+        else:
+            plain.backward(loss_of(plain_model))
+            assert norm == pytest.approx(plain.step()[0].item(), rel=1e-5)
+            assert torch.allclose(weights_of(model), weights_of(plain_model), atol=1e-5)
+            assert scaled.learning_rate == plain.learning_rate != rate
+    # A run that goes on in another process, and in one that was in float32 so far.
+    resumed = Optimizer(model, config, CPU, torch.float16)
+    resumed.load_state_dict(scaled.state_dict())
+    assert resumed.scaler.get_scale() == scale
+    resumed.load_state_dict(plain.state_dict())
+
+
+def test_a_scale_that_has_collapsed_ends_the_run(tmp_path):
+    model = GPT(SHAPE)
+    optimizer = Optimizer(model, recipe(), CPU, torch.float16)
+    state = TrainState(model, optimizer)
+    for _ in range(24):  # from 2**16 to 2**-8, which is low and no news
+        optimizer.backward(loss_of(model) * math.inf)
+        assert optimizer.step()[1]
+    state.check({"train_loss": 3.0, "grad_norm": None}, tmp_path, recipe())
+    for _ in range(8):
+        optimizer.backward(loss_of(model) * math.inf)
+        optimizer.step()
+    with pytest.raises(InputError, match="try bfloat16 or float32"):
+        state.check({"train_loss": 3.0, "grad_norm": None}, tmp_path, recipe())

@@ -1,6 +1,9 @@
 import json
 import math
 import shutil
+import signal
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +12,12 @@ import torch.nn.functional as F
 from conftest import TINY
 from PIL import Image
 
+import train
 from config import GPTConfig
 from model import GPT
-from storygpt.checkpoint import load_checkpoint
-from storygpt.device import describe, peak_flops
+from storygpt import cli
+from storygpt.checkpoint import load_checkpoint, load_model
+from storygpt.device import describe, peak_flops, pick_dtype
 from storygpt.distributed import Processes
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
@@ -36,7 +41,6 @@ def test_a_run_leaves_what_it_promises(run_dir, data_dir):
     )
     assert best["val_loss"] == final["val_loss"] == metrics[-1]["val_loss"]
     assert best.keys() == final.keys() < latest.keys()
-    assert not any(name.startswith(("module.", "_orig_mod.")) for name in best["model_state_dict"])
     image = Image.open(run_dir / "loss_plot.png")
     assert image.size == (960, 600)
     assert len(np.unique(np.asarray(image).reshape(-1, 4), axis=0)) > 50  # there are curves on it
@@ -103,6 +107,120 @@ def test_evaluation_leaves_training_as_it_was(data_dir):
     assert len(losses) == 1 and model.training  # the same windows, without dropout
 
 
+def test_a_ragged_last_batch_counts_by_its_windows():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "context_length": 16, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    model = GPT(GPTConfig(**shape, init_std=0.5)).eval()  # windows of very different losses
+    tokens = np.random.default_rng(0).integers(0, 300, 7 * 16 + 1).astype("<u2")
+    loss = estimate_loss(model, tokens, 16, 4, 2, torch.device("cpu"), torch.float32)
+    x, y = (torch.from_numpy(tokens[i:][: 7 * 16].astype(np.int64)).view(7, 16) for i in (0, 1))
+    expected = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+# --- In this process, where a test can look at a step ---
+
+
+@pytest.fixture
+def set_up(data_dir, tmp_path, monkeypatch):
+    """set_up(*flags) -> what `train.py` trains with, of a new tiny run in tmp_path / "run"."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+
+    def made(*flags):
+        folders = ["--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *folders, *flags])
+        return train.set_up(*train.parse_arguments())
+
+    yield made
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_every_micro_batch_of_every_step_draws_its_own_dropout(set_up):
+    setting, state = set_up()
+    drawn = []
+
+    def model(x, y):
+        drawn.append(torch.rand(1).item())  # what a dropout would draw first
+        return state.model(x, y)
+
+    for _ in range(3):
+        train.train_step(setting, state, model, 0)
+    assert len(set(drawn)) == 3 * 2
+
+
+def test_dtype_is_that_of_the_products_and_not_of_the_weights(set_up):
+    setting, state = set_up("--dtype", "bfloat16")
+    seen = []
+    state.model.h[0].mlp.c_fc.register_forward_hook(lambda *hooked: seen.append(hooked[2].dtype))
+    train.train_step(setting, state, state.model, 0)
+    train.validate(setting, state.model, 1)
+    assert seen == [torch.bfloat16] * 3
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+
+
+def test_a_compiled_run_saves_the_plain_names(set_up, monkeypatch, tmp_path):
+    """With a compiler of the test's own, which takes the graphs and leaves them as they are."""
+    compiled, compile_with = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_with(model, backend=backend))
+    setting, state = set_up("--compile", "True", "--max_steps", "2", "--warmup_steps", "0")
+    assert train.train(setting, state) == 0
+    assert compiled
+    plain = GPT(setting.arguments.gpt).state_dict().keys()
+    for name in ("best", "final", "latest"):
+        saved = load_checkpoint(tmp_path / "run" / f"StoryGPT_{name}.pt")["model_state_dict"]
+        assert saved.keys() == plain
+
+
+def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path):
+    """On a stand-in for the clock, by which every step takes ten minutes."""
+    setting, state = set_up("--max_hours", "1", "--save_minutes", "25", "--eval_interval", "500")
+    start, batches, lost = cli.STARTED, setting.batches, []
+
+    class Batches:
+        tokens, tokens_per_step = batches.tokens, batches.tokens_per_step
+        steps_per_epoch, minutes = batches.steps_per_epoch, 0
+
+        def __call__(self, step, positions):
+            lost.append(self.minutes - 10 * state.saved_step)  # by a power cut now
+            self.minutes += 5  # of two micro-batches a step
+            return batches(step, positions)
+
+    slow = Batches()
+    monkeypatch.setattr(train.time, "monotonic", lambda: start + 60 * slow.minutes)
+    status = train.train(replace(setting, batches=slow), state)
+    assert status == 75 and 40 <= slow.minutes <= 60
+    assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == state.step
+    assert 25 <= max(lost) <= 25 + 2 * 10
+
+
+def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, data_dir, tmp_path):
+    """A run whose first step helps and whose others ruin it, interrupted after the first."""
+    flags = [*TINY, "--max_steps", "6", "--warmup_steps", "1", "--eval_interval", "1"]
+    flags += ["--learning_rate", "2", "--min_lr", "2", "--grad_clip", "0", "--dropout", "0"]
+    flags += ["--data_dir", data_dir, "--checkpoint_dir", tmp_path]
+    assert script("train.py", *flags, "--max_hours", "1e-9").code == 75
+    assert len(metrics_of(tmp_path)) == 1
+    assert script("train.py", *flags, "--resume").code == 0
+    losses = [line["val_loss"] for line in metrics_of(tmp_path)]
+    assert len(losses) == 6 and min(losses) == losses[0] < min(losses[1:]) < losses[-1]
+    tokens = load_tokens(data_dir, "validation", load_meta(data_dir, 512), 64)
+    for name, expected in (("best", losses[0]), ("final", losses[-1])):
+        model, checkpoint = load_model(tmp_path / f"StoryGPT_{name}.pt")
+        assert checkpoint["val_loss"] == expected
+        assert checkpoint["step"] == 1 + losses.index(expected)
+        loss = estimate_loss(model, tokens, 64, 4, 4, torch.device("cpu"), torch.float32)
+        assert loss == pytest.approx(expected, rel=1e-5)  # of the weights themselves
+    assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["best_val_loss"] == losses[0]
+
+
 def test_plot_of_a_run_without_evaluations_is_left_out(tmp_path):
     draw_loss_plot([], tmp_path / "a.png")
     draw_loss_plot([{"step": 1, "tokens": 5, "train_loss": 3.0}], tmp_path / "a.png")
@@ -155,6 +273,16 @@ def test_real_stories_are_learned(script, tinystories, tmp_path):
     losses = [line["val_loss"] for line in metrics_of(tmp_path / "run") if "val_loss" in line]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
     assert losses[-1] < 5.2  # of ln 1024 = 6.9 at the start
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_takes_bfloat16_only_where_the_cpu_has_it(has_it, monkeypatch):
+    """A stand-in for the processor: without instructions for it, it would be far slower."""
+    known = {"avx512_bf16": has_it, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    expected = torch.bfloat16 if has_it else torch.float32
+    assert pick_dtype("auto", torch.device("cpu")) == expected
+    assert pick_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 def test_float32_on_a_gpu_says_that_its_products_are_tf32():
