@@ -95,6 +95,24 @@ def test_muon_on_two_processes_does_what_it_does_on_one(script, data_dir, tmp_pa
     assert one == pytest.approx(two, rel=1e-3)
 
 
+def test_all_processes_start_from_the_same_weights(script, data_dir, single, tmp_path):
+    start = ["--init_from", single / "StoryGPT_best.pt", "--max_steps", 6, "--eval_interval", 3]
+    flags = [*FLAGS, *start, "--data_dir", data_dir, "--checkpoint_dir"]
+    result = script("train.py", *flags, tmp_path / "one")
+    assert result.code == 0, result.output
+    codes, outputs = ended(ranks(script, *flags, tmp_path / "two"))
+    assert codes == [0, 0], outputs
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(7))
+    assert one[0]["val_loss"] < 6  # of one that knows nothing: ln 512 = 6.2
+    for name in ("train_loss", "val_loss"):
+        ours, theirs = ([line[name] for line in lines if name in line] for lines in (one, two))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_two_processes_do_what_one_does_and_one_goes_on_where_two_stopped(
     script, data_dir, single, tmp_path
 ):
