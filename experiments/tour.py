@@ -28,7 +28,7 @@ from torch import Tensor
 
 from config import InputError, TrainingConfig, check_whole
 from model import GPT, attention_weights
-from storygpt.checkpoint import load_checkpoint, load_model, write_atomically
+from storygpt.checkpoint import build_model, load_checkpoint, write_atomically
 from storygpt.kernels import pack_linears
 from storygpt.measures import find_names, sentences
 from storygpt.metrics import METRICS, parse_metrics, smoothed
@@ -328,7 +328,7 @@ def draw_training(steps: list[dict], norms: np.ndarray, clip: float, path: Path)
 def main() -> None:
     arguments = cli.parse_flags(Arguments)
     checkpoint = load_checkpoint(arguments.checkpoint)
-    model, _ = load_model(arguments.checkpoint)
+    model = build_model(checkpoint, arguments.checkpoint)
     config, training = model.config, checkpoint["training_config"]
     windows = training.batch_size * training.gradient_accumulation_steps
     check_whole("row", arguments.row, 0, windows - 1)
