@@ -64,6 +64,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
+            raise error.__context__ from None  # torch.save complains of the file a Ctrl-C cut short
         if isinstance(error, OSError | RuntimeError):  # torch.save turns a full disk into either
             kept = ", and the one before it is kept" if path.exists() else ""
             reason = getattr(error, "strerror", None) or "the disk is full or the file too large"

@@ -162,6 +162,29 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.pt", old)]
 
 
+@pytest.mark.parametrize("wish", [KeyboardInterrupt, SystemExit(143)])
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_wish_to_end_in_the_middle_of_a_save_stays_one(wish, after, tmp_path):
+    class Interrupted:
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == after:
+                raise wish
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    path, weights = tmp_path / "run.pt", {"a": torch.zeros(1000), "b": torch.ones(5)}
+    path.write_bytes(b"old")
+    with pytest.raises(wish if isinstance(wish, type) else SystemExit):
+        write_atomically(path, lambda file: torch.save(weights, Interrupted(file)))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["run.pt"]
+
+
 def test_who_is_reading_the_old_file_reads_it_to_its_end(tmp_path):
     """A copy in place would change it under the reader, and be half of each where it fails."""
     path = tmp_path / "a.pt"
