@@ -80,6 +80,8 @@ def open_stories(
                 f"{path} is of no kind this script reads ({', '.join(KINDS)}, all but the last "
                 f"also {', '.join(UNPACK)}): check --dataset"
             )
+        if not path.is_file():  # what came through a pipe could not be read a second time
+            raise InputError(f"{path} is a pipe or device: write it to a file, and pass that")
         refuse_pointers([path])
         return Stories({"train": read_files([path], text_column)}, count_rows([path]))
     if kind_of(path.name) or dataset.startswith(("/", "~", ".")) or dataset.count("/") > 1:
