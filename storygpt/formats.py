@@ -48,14 +48,12 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
     except FileNotFoundError as error:
         raise InputError(
-            f"{path.parent} is no model: it has no {path.name}; pass another with --checkpoint"
+            f"{path.parent} is no model: it has no {path.name}; pass another checkpoint"
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
-        raise InputError(
-            f"{path} is damaged or not a checkpoint: pass another with --checkpoint"
-        ) from error
+        raise InputError(f"{path} is damaged or not a checkpoint: pass another") from error
 
 
 def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
@@ -165,9 +163,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
                     raise ValueError("not only tensors")
         return tensors
-    raise InputError(
-        f"{folder} is no model: it has no model.safetensors; pass another with --checkpoint"
-    )
+    raise InputError(f"{folder} is no model: it has no model.safetensors; pass another checkpoint")
 
 
 def read_folder(folder: Path) -> dict:
