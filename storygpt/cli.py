@@ -65,7 +65,7 @@ def command_line(script: str, **flags) -> str:
 
 
 def listen_for_signals(launched: bool) -> list[int]:
-    """A list that takes the signals, Ctrl-C and SIGTERM, that ask the caller to stop.
+    """A list that takes the signals, Ctrl-C, SIGTERM and SIGHUP, that ask the caller to stop.
 
     A second Ctrl-C ends the process at once; but not a process that torchrun has `launched`, whose
     launcher passes on what a terminal or a scheduler has sent to all of them already.
@@ -77,7 +77,11 @@ def listen_for_signals(launched: bool) -> list[int]:
         if number == signal.SIGINT and not launched:
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # A terminal that is closed, or ssh that is cut; but nohup has it ignored, and Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, request_stop)
     return received
 
@@ -136,10 +140,10 @@ def run(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started this
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # what the terminal or file cannot show is replaced
             stream.reconfigure(errors="replace")
     try:

@@ -41,6 +41,7 @@ def _run_main(script: str, flags: list[str], output: str, environment: dict, cwd
     sys.argv = [script, *flags]
     # a test run that a shell put into the background was started with Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup with that ignored
     import importlib
 
     from storygpt import cli
