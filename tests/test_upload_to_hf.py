@@ -497,6 +497,7 @@ def test_mistakes_are_named_before_the_network_is_touched(
         (["--data_dir", tmp_path / "damaged"], "is damaged (not JSON)"),
         (["--dry_run"], "pass --output_dir"),
         (["--output_dir", tmp_path / "full"], "is not empty"),
+        (["--output_dir", "/"], "is a mount point"),
         (["--output_dir", tmp_path / "new.pt" / "out"], "cannot be written"),
         (["--output_dir", "/proc/StoryGPT"], "cannot be written"),
     ):
