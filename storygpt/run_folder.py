@@ -129,7 +129,10 @@ class RunFolder:
     def load_latest(self) -> dict:
         """What was saved to go on from. Raises InputError where it cannot be read."""
         try:
-            return load_checkpoint(self.directory / LATEST)
+            checkpoint = load_checkpoint(self.directory / LATEST)
+            if not {"data", "dtype"} <= checkpoint.keys():
+                raise InputError("it holds weights alone, or is of an older version")
+            return checkpoint
         except InputError as error:
             raise InputError(
                 f"{self.directory} cannot be resumed ({error}): put a good {LATEST} there, or pass "

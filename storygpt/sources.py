@@ -263,6 +263,8 @@ def open_folder(folder: Path, text_column: str, subset: str | None) -> Stories:
     left_out: dict[str, list[str]] = {}
     try:
         found = saved_files(folder)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{folder} is not whole as a saved data set: save it again") from error
     if found is None:

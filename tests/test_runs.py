@@ -114,9 +114,14 @@ def test_metrics_without_checkpoints_count_as_a_run(fails, flags, copy_of_run):
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_named_with_what_mends_it(fails, flags, copy_of_run):
-    (copy_of_run / "StoryGPT_latest.pt").write_bytes(b"")
-    for more in ([], ["--resume"]):
-        fails("train.py", *flags, *more, says="there, or pass another --checkpoint_dir")
+    for data, says in (
+        (b"", "is damaged"),
+        ((copy_of_run / "StoryGPT_best.pt").read_bytes(), "holds weights alone"),
+    ):
+        (copy_of_run / "StoryGPT_latest.pt").write_bytes(data)
+        for more in ([], ["--resume"]):
+            said = fails("train.py", *flags, *more, says="or pass another --checkpoint_dir")
+            assert says in said
 
 
 def test_two_runs_in_one_folder(script, fails, flags, tmp_path):

@@ -251,6 +251,9 @@ def test_folders_that_datasets_saved(tmp_path):
     splits.save_to_disk(tmp_path / "all")
     assert read(tmp_path / "all") == {"train": LONG, "validation": ["V."]}
     assert "test/data-00000-of-00001.arrow" in left_out(tmp_path / "all").popitem()[1]
+    datasets.DatasetDict({"train_test": rest}).save_to_disk(tmp_path / "both")
+    with pytest.raises(InputError, match="train_test names two splits"):
+        read(tmp_path / "both")
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     refused(tmp_path / "one", "data-00001-of-00002.arrow")
     (tmp_path / "all" / "train" / "state.json").write_text("{")
