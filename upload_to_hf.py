@@ -245,9 +245,7 @@ def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
         return tempfile.TemporaryDirectory()
     try:
         if output_dir.is_mount():  # nothing can be renamed to it
-            raise InputError(
-                f"{output_dir} is a mount point: pass --output_dir with a folder in it"
-            )
+            raise InputError(f"{output_dir} is a mount point: pass a folder in it")
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         if output_dir.exists() and any(output_dir.iterdir()):
             raise InputError(f"{output_dir} is not empty: pass a new --output_dir")

@@ -219,7 +219,14 @@ class RunFolder:
         return metrics
 
     def append(self, entry: dict) -> None:
-        append_metrics(self.directory / METRICS, entry)
+        """Adds a line to metrics.jsonl. Raises InputError where it cannot be written."""
+        try:
+            append_metrics(self.directory / METRICS, entry)
+        except OSError as error:
+            raise InputError(
+                f"{self.directory / METRICS} cannot be written ({error.strerror}): free some "
+                "space, and go on with --resume"
+            ) from error
 
     def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
         """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.
