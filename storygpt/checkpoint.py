@@ -185,6 +185,11 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
     return model.to(device).eval()
 
 
+def is_on_the_hub(path: Path) -> bool:
+    """Whether what is not here could be there."""
+    return path.suffix != ".pt" and not path.exists() and is_hub_id(path.as_posix())
+
+
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """The model of a .pt file, a published model's folder or a Hub id, and the checkpoint itself.
 
@@ -193,7 +198,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dic
     path = Path(path)
     if path.is_dir():
         checkpoint = read_folder(path)
-    elif path.suffix != ".pt" and not path.exists() and is_hub_id(path.as_posix()):
+    elif is_on_the_hub(path):
         checkpoint = read_folder(download(path.as_posix()))
     else:
         checkpoint = load_checkpoint(path)
@@ -209,7 +214,7 @@ def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
     `load_model` does.
     """
     path = Path(path)
-    if not path.exists() and not is_hub_id(path.as_posix()):
+    if not path.exists() and not is_on_the_hub(path):
         raise InputError(
             f"there is no {path} to start from: pass --init_from with a .pt file, a folder, or a "
             "Hub id, owner and name, as in openai-community/gpt2"

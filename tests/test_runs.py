@@ -493,6 +493,7 @@ def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, 
         (["--context_length", "65"], "has context_length 64, not 65"),
         (["--vocab_size", "600"], "has vocab_size 512, not 600"),
         (["--init_from", "gpt2"], "a Hub id, owner and name, as in openai-community/gpt2"),
+        (["--init_from", "runs/none.pt"], "there is no runs/none.pt to start from"),
     ):
         fails("train.py", *flags, *changes, says=says)
     flags += ["--context_length", "32", "--dropout", "0", "--max_steps", "2", "--warmup_steps", "0"]
