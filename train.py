@@ -234,7 +234,7 @@ def train_step(
     on (0: go on), given each one's `status`. `model`: state.model, perhaps compiled and wrapped."""
     config, processes, device = setting.arguments.training, setting.processes, setting.device
     own = processes.share(config.gradient_accumulation_steps)
-    state.step += 1
+    state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
     loss_sum = torch.zeros((), device=device)
     for micro_batch in own:
         first = micro_batch * config.batch_size

@@ -1,6 +1,7 @@
 """Runs as strangers have them: leftovers, schedulers, terminals, disks; each a public report."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -419,7 +420,11 @@ def test_weights_are_kept_and_stories_told_over_training(script, flags, tmp_path
     assert result.code == 0, result.output
     kept = sorted(path.name for path in (tmp_path / "run").glob("StoryGPT_step_*.pt"))
     assert kept == [f"StoryGPT_step_{n:06}.pt" for n in (5, 10, 15, 20)]
-    assert load_checkpoint(tmp_path / "run" / kept[1])["step"] == 10
+    losses = {line["step"]: line.get("val_loss", math.inf) for line in metrics_of(tmp_path / "run")}
+    for name in kept:  # no step has the loss of an earlier one
+        checkpoint = load_checkpoint(tmp_path / "run" / name)
+        assert name == f"StoryGPT_step_{checkpoint['step']:06}.pt"
+        assert checkpoint["val_loss"] == losses[checkpoint["step"]]
     assert [bool(line.get("sample")) for line in metrics_of(tmp_path / "run")].count(True) == 2
     assert re.search(r"tokens/s with saves and evaluations, [\d.]+ GB", result.output)
 
