@@ -27,6 +27,7 @@ from storygpt.readers import (
     reading,
     refuse_pointers,
 )
+from storygpt.tokenizer import END_OF_TEXT
 
 BUILTIN = ("builtin", "sample")
 NUM_BUILTIN_STORIES = 20_000
@@ -370,9 +371,16 @@ def open_hub_dataset(
 
     def rows(part: str) -> Iterator[str | None]:
         where = f"{name}, split {part}"
+        lines = opened[part].info.builder_name == "text"  # a row a line, whatever separates stories
         with reading(where):
             tables = opened[part].with_format("arrow").iter(ROWS)
             for _, value in arrow_rows(tables, text_column, where):
+                if lines and value and END_OF_TEXT in value:
+                    raise InputError(
+                        f"{where} is a .txt with {END_OF_TEXT} between stories, which `datasets` "
+                        f"cuts into lines: run `hf download {name} --repo-type dataset --local-dir "
+                        "DIR` and pass --dataset DIR"
+                    )
                 yield value
 
     total = None

@@ -229,6 +229,7 @@ def test_subsets_revisions_and_parts_of_a_data_set_on_the_hub(script, fails, tmp
         repo = hub.add("datasets/you/stories", files)
         first = repo.sha()
         repo.commits.append(files | {"en/train-00000-of-00008.parquet": shard("new")})
+        hub.add("datasets/you/text", {"train.txt": b"One.\n\nEnd.\n<|endoftext|>\nTwo.\n"})
 
         def prepared(out: str, *flags, **environment) -> tuple[dict, list[str], set[str]]:
             """meta.json, the train stories, and the files that were fetched in part or whole."""
@@ -274,6 +275,8 @@ def test_subsets_revisions_and_parts_of_a_data_set_on_the_hub(script, fails, tmp
             says="no revision 'gone'",
             **environment,
         )
+        text = ("--dataset", "you/text", "--data_dir", tmp_path / "fr", "--num_proc", 1)
+        fails("prepare_data.py", *text, says="run `hf download you/text --repo-type", **environment)
         hub.faults = [Fault("GET .*train-00005", 404, times=99)]  # one of its shards is gone
         fails("prepare_data.py", *flags, says="cannot load you/stories", **environment)
         assert {p.name: p.read_bytes() for p in (tmp_path / "fr").glob("*.*")} == before
