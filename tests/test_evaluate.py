@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 import evaluate
 from config import GPTConfig, TrainingConfig
 from model import GPT
+from storygpt import telling
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from storygpt.losses import all_windows
@@ -229,16 +230,25 @@ def test_what_is_drawn_of_evaluations_are_their_numbers(evaluated, tmp_path, mon
     assert lines["held-out"].get_ydata().tolist() == [100, 100]
 
 
+@pytest.mark.parametrize(("end", "ended"), [(511, 0), (114, 2)])
 @torch.no_grad()
-def test_prompts_of_different_lengths_go_side_by_side(small):
+def test_prompts_of_different_lengths_go_side_by_side(end, ended, small):
     model = load(small, "short")
     prompts = [[], [5], list(range(40)), list(range(90))]  # the last is longer than the context
-    told = tell_from(model, prompts, 511, seed=1, temperature=0)
+    told = tell_from(model, prompts, end, seed=1, temperature=0)
+    assert sum(end in ids for ids in told) == ended
     for prompt, ids in zip(prompts, told, strict=True):
-        start = torch.tensor([[511, *prompt[:63]]])
-        alone = model.generate(start, 65 - start.size(1), temperature=0, end_of_text=511)
+        start = torch.tensor([[end, *prompt[:63]]])
+        alone = model.generate(start, 65 - start.size(1), temperature=0, end_of_text=end)
         alone = alone[0, 1:].tolist() if len(prompt) < 64 else prompt[:64]
-        assert ids[: len(alone)] == alone and set(ids[len(alone) :]) <= {511}
+        assert ids == alone + [end] * (64 - len(alone))
+
+
+@torch.no_grad()
+def test_no_batch_of_stories_repeats_another(small, monkeypatch):
+    monkeypatch.setattr(telling, "AT_ONCE", 2)
+    told = tell_from(load(small, "short"), [[]] * 4, 511, seed=1, temperature=1)
+    assert len({tuple(ids) for ids in told}) == 4
 
 
 def test_mistakes_are_named(fails, small, tmp_path):
