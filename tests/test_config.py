@@ -51,6 +51,8 @@ def test_presets_are_the_tables(name, table):
         (GPTConfig, {"dropout": float("nan")}, "dropout must be"),
         (GPTConfig, {"bias": "no"}, "bias must be True or False"),
         (TrainingConfig, {"max_steps": 300}, "pass --warmup_steps 30"),
+        (TrainingConfig, {"max_steps": 1_000}, "leaves nothing of max_steps 1000"),
+        (TrainingConfig, {"eval_iters": 0}, "eval_iters must be a whole number of at least 1"),
         (
             TrainingConfig,
             {"learning_rate": 3e-4, "min_lr": 1.0},

@@ -236,11 +236,12 @@ def test_foreign_and_damaged_models_are_one_sentence(kind, tmp_path):
 
 def test_what_diverged_tells_no_story(script, fails, run_dir, data_dir, tmp_path):
     checkpoint = load_checkpoint(run_dir / BEST)
-    checkpoint["model_state_dict"]["h.0.ln_1.weight"][0] = torch.inf
-    save_checkpoint(tmp_path / "a.pt", checkpoint)
-    flags = ("--checkpoint", tmp_path / "a.pt")
-    fails("generate.py", *flags, says="h.0.ln_1.weight in")
-    fails("evaluate.py", *flags, "--data_dir", data_dir, says="is not finite")
+    for name, value in (("a", torch.inf), ("b", torch.nan)):
+        checkpoint["model_state_dict"]["h.0.ln_1.weight"][0] = value
+        save_checkpoint(tmp_path / f"{name}.pt", checkpoint)
+    fails("generate.py", "--checkpoint", tmp_path / "a.pt", says="h.0.ln_1.weight in")
+    flags = ("--checkpoint", tmp_path / "b.pt", "--data_dir", data_dir)
+    fails("evaluate.py", *flags, says="is not finite")
 
 
 def test_the_origin_of_a_run_is_its_weights(tmp_path):
