@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+import evaluate
 import generate
+import train
 from config import GPTConfig, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import load_model, save_checkpoint
+from storygpt.checkpoint import BEST, load_model, save_checkpoint
 from storygpt.kernels import pack_linears
 from storygpt.telling import tell
 from storygpt.tokenizer import TextStream, load_tokenizer
@@ -225,6 +227,11 @@ def test_ctrl_c_ends_a_story_and_ctrl_d_the_program(endless):
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
         os.close(here)
+
+
+def test_what_is_told_from_is_the_best_that_training_leaves():
+    taken = {script.Arguments().checkpoint for script in (generate, evaluate)}
+    assert taken == {train.FirstFlags().checkpoint_dir / BEST}
 
 
 def test_mistakes_are_named(fails, run_dir, tmp_path):
