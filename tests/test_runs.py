@@ -473,10 +473,6 @@ def test_weights_are_kept_and_stories_told_over_training(script, flags, tmp_path
 def test_after_twenty_steps_it_says_how_long(script, flags):
     result = script("train.py", *flags, "--max_steps", "30")
     assert re.search(r"about \d+:\d\d:\d\d to go at [\d,]+ tokens/s, [\d.]+ GB", result.output)
-    tokens, epochs = re.search(
-        r"([\d,]+) train tokens, 512 a step, (.+) epochs", result.output
-    ).groups()
-    assert float(epochs) == pytest.approx(30 * 512 / int(tokens.replace(",", "")), abs=0.1)
 
 
 def test_a_tracker_gets_every_step_and_goes_on_when_resumed(script, flags, tmp_path):

@@ -35,7 +35,13 @@ from storygpt.device import (
 from storygpt.distributed import Processes
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
-from storygpt.token_files import load_meta, load_tokens, training_batch, validation_starts
+from storygpt.token_files import (
+    Batches,
+    load_meta,
+    load_tokens,
+    training_batch,
+    validation_starts,
+)
 
 
 def metrics_of(folder) -> list[dict]:
@@ -257,7 +263,7 @@ def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path)
     setting, state = set_up("--max_hours", "1", "--save_minutes", "25", "--eval_interval", "500")
     start, batches, lost, saved = cli.STARTED, setting.batches, [], set()
 
-    class Batches:
+    class SlowBatches:
         tokens, tokens_per_step = batches.tokens, batches.tokens_per_step
         steps_per_epoch, minutes = batches.steps_per_epoch, 0
 
@@ -267,7 +273,7 @@ def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path)
             self.minutes += 5  # of two micro-batches a step
             return batches(step, positions)
 
-    slow = Batches()
+    slow = SlowBatches()
     monkeypatch.setattr(train.time, "monotonic", lambda: start + 60 * slow.minutes)
     status = train.train(replace(setting, batches=slow), state)
     assert status == 75 and 40 <= slow.minutes <= 60
@@ -384,6 +390,14 @@ def test_a_gpu_is_found_by_its_whole_name(name, known, monkeypatch):
     """A stand-in for the driver, which alone knows the name."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == known
+
+
+def test_what_a_run_will_be_is_said_as_it_begins(set_up, capsys):
+    setting, state = set_up()
+    few = Batches(setting.batches.tokens[:5_000], 511, 1337, 8, 64, 0.0)
+    train.open_folder(replace(setting, batches=few), state)
+    said = re.search("5,000 train tokens, 512 a step, (.*) epochs", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(20 * 512 / 5_000, abs=0.1)
 
 
 def test_each_of_several_gpus_has_its_share_of_the_work(set_up, monkeypatch):
