@@ -49,6 +49,7 @@ def test_presets_are_the_tables(name, table):
         (GPTConfig, {"n_layer": 2.5}, "n_layer must be a whole number"),
         (GPTConfig, {"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         (GPTConfig, {"dropout": float("nan")}, "dropout must be"),
+        (GPTConfig, {"init_std": -0.02}, "init_std must be at least 0"),
         (GPTConfig, {"bias": "no"}, "bias must be True or False"),
         (TrainingConfig, {"max_steps": 300}, "pass --warmup_steps 30"),
         (TrainingConfig, {"max_steps": 1_000}, "leaves nothing of max_steps 1000"),

@@ -22,7 +22,14 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import checkpoint as checkpoint_module
 from storygpt import cli
-from storygpt.checkpoint import BEST, LATEST, load_checkpoint, save_checkpoint, write_atomically
+from storygpt.checkpoint import (
+    BEST,
+    FINAL,
+    LATEST,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from storygpt.metrics import start_tracker
 from storygpt.run_folder import RunFolder
 from storygpt.tokenizer import load_tokenizer
@@ -91,7 +98,11 @@ def test_a_byte_order_mark_loses_no_metrics(script, copy_of_run, data_dir):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1}'])
+# The last is of a step that may come, but not here.
+LINES = ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1, "train_loss": 3.0}']
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_spoiled_line_is_named_and_the_file_untouched(line, fails, copy_of_run, data_dir):
     path = copy_of_run / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -115,6 +126,13 @@ def test_metrics_without_checkpoints_count_as_a_run(fails, flags, copy_of_run):
     fails("train.py", *flags, says="already holds a run (metrics.jsonl)")
     fails("train.py", *flags, "--resume", says="from which alone a run can be resumed")
     assert {path: path.read_bytes() for path in copy_of_run.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [BEST, FINAL, "StoryGPT_step_000005.pt"])
+def test_weights_alone_are_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(InputError, match=f"already holds a run .{name}."):
+        RunFolder(tmp_path).check_unused()
 
 
 def test_two_runs_in_one_folder(script, fails, flags, tmp_path):
@@ -426,6 +444,13 @@ def test_ctrl_c_while_libraries_load_is_quiet(name, library, tmp_path):
     assert process.returncode == 130 and "Traceback" not in output, output
 
 
+def test_an_ignored_ctrl_c_stays_ignored():
+    """A shell has what it puts into the background ignore it: it is meant for another program."""
+    body = "from storygpt import cli; import os; cli.run(lambda: os.kill(os.getpid(), 2))"
+    command = ["bash", "-c", 'trap "" INT; "$0" -c "$1"', sys.executable, body]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 # --- What people do every day ---
 
 
@@ -491,10 +516,14 @@ def test_a_tracker_that_is_not_there_or_fails(fails, flags, tmp_path, monkeypatc
     (tmp_path / "wandb.py").write_text(  # one that breaks in mid-run
         "class Run:\n"
         "    def log(self, entry, step): raise ConnectionError('gone')\n"
-        "def init(**settings): return Run()\n"
+        "def init(name, **settings):\n"
+        "    if 'offline' in name: raise ConnectionError('no network')\n"
+        "    return Run()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match="--tracker wandb cannot start: no network"):
+        start_tracker("wandb", {}, "id", tmp_path / "offline")
     track = start_tracker("wandb", {}, "id", tmp_path)
     track({"step": 1})
     track({"step": 2})
@@ -513,6 +542,7 @@ def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, 
     known = load_checkpoint(run_dir / "StoryGPT_best.pt")
     assert start["step"] == 0 and start["val_loss"] == pytest.approx(known["val_loss"], rel=1e-6)
     assert start["init_from"]["checkpoint"] == str(run_dir / "StoryGPT_best.pt")
+    assert (tmp_path / "whole" / "loss_plot.png").exists()
 
     process = script.start(
         "train.py", *flags, "--checkpoint_dir", tmp_path / "stopped", cwd=run_dir

@@ -19,7 +19,7 @@ from conftest import TINY
 from PIL import Image
 
 import train
-from config import GPTConfig, InputError
+from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import cli
 from storygpt.checkpoint import FINAL, LATEST, load_checkpoint, load_model
@@ -340,6 +340,13 @@ def test_mistyped_flags_are_named(flags, script):
     assert flags[0] in result.output
 
 
+def test_help_explains_every_number(script):
+    result = script("train.py", "--help")
+    assert result.code == 0
+    for name in (*vars(GPTConfig()), *vars(TrainingConfig()), "preset", "resume", "data_dir"):
+        assert f"--{name} " in result.output, name
+
+
 def test_real_stories_are_learned(script, tinystories, tmp_path):
     data = tmp_path / "data"
     flags = ("--dataset", tinystories, "--vocab_size", 1024, "--data_dir", data)
@@ -413,10 +420,19 @@ def test_each_of_several_gpus_has_its_share_of_the_work(set_up, monkeypatch):
     assert share > 0.1 and f"MFU={share:.1%}" in log.bar.postfix
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch):
-    """A stand-in for a machine with one GPU."""
+def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
+    """A stand-in for a machine with one GPU, which has no bfloat16 but in software."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
+    for name in (
+        "cuda.set_device",
+        "backends.cuda.enable_cudnn_sdp",
+        "set_float32_matmul_precision",
+    ):
+        monkeypatch.setattr(f"torch.{name}", lambda setting: None)
+    assert pick_device() == torch.device("cuda")
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
     with pytest.raises(InputError, match="there is no device cuda:1 here: pass --device cuda"):
         pick_device("cuda:1")
 
