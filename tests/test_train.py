@@ -344,7 +344,7 @@ def test_help_explains_every_number(script):
     result = script("train.py", "--help")
     assert result.code == 0
     for name in (*vars(GPTConfig()), *vars(TrainingConfig()), "preset", "resume", "data_dir"):
-        assert f"--{name} " in result.output, name
+        assert f"--{name}" in result.output, name
 
 
 def test_real_stories_are_learned(script, tinystories, tmp_path):
@@ -458,6 +458,8 @@ def test_memory_is_counted_in_bytes():
         check_fits(GPTConfig(n_layer=1000, n_embd=2**16), 1, torch.device("cpu"))
     said = re.search(r"cpu has ([\d,]+): pass a smaller --n_layer", str(error.value))[1]
     assert int(said.replace(",", "")) == pytest.approx(1024 * number / 1e9, rel=0.05, abs=1)
-    np.ones(30_000_000)  # at the peak, and then no more
-    used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert peak_memory(torch.device("cpu")) == pytest.approx(used, rel=0.1)
+    large = np.ones(30_000_000)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    del large  # the peak remains
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 0.95 * pages * resource.getpagesize() < peak_memory(torch.device("cpu")) < 1.05 * most
