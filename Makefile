@@ -30,11 +30,12 @@ lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv:
+# Not .venv: a Python that lacks venv's parts (Debian's, without python3-venv) makes that and fails.
+.venv/bin/pip:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'StoryGPT needs Python 3.11')"
 	$(PYTHON) -m venv .venv
 
-.venv/requirements: requirements.txt | .venv
+.venv/requirements: requirements.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 

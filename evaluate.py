@@ -90,7 +90,7 @@ def check(arguments: Arguments) -> None:
     sampling = (arguments.temperature, arguments.top_k, arguments.top_p)
     check_sampling(torch.zeros(1, 1), 1, *sampling)
     output = arguments.output
-    if output and (output.suffix != ".json" or not output.parent.is_dir()):
+    if output and (output.suffix != ".json" or output.is_dir() or not output.parent.is_dir()):
         raise InputError(
             f"--output {output} is no .json file in a folder that exists: pass --output "
             "evaluation.json"

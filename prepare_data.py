@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from config import InputError
+from config import InputError, check_whole
 from storygpt.sources import Stories, describe, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer
@@ -312,6 +313,48 @@ def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) 
     }
 
 
+@contextmanager
+def writing(data_dir: Path) -> Iterator[None]:
+    """Says in one sentence that `data_dir` could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{data_dir} cannot be written ({error.strerror or error}): free some space or pass "
+            "another --data_dir"
+        ) from error
+
+
+@contextmanager
+def scratch_folder(data_dir: Path) -> Iterator[Path]:
+    """A folder in `data_dir`, which goes in the end, as does what runs that were killed have left.
+
+    Raises InputError where another process is at work in one. The lock ends with its process; on a
+    disk without locks nobody is seen.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in data_dir.glob(".prepare-*"):
+        lock = FileLock(leftover / "lock", fallback_to_soft=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InputError(
+                f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
+            ) from error
+        except OSError:
+            pass
+        lock.release()
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir) as scratch:
+        lock = FileLock(Path(scratch, "lock"), fallback_to_soft=False)
+        with suppress(OSError):
+            lock.acquire()
+        try:
+            yield Path(scratch)
+        finally:
+            lock.release()
+
+
 def prepare(arguments: Arguments) -> dict:
     """Writes the three files of `arguments.data_dir` and returns what meta.json says.
 
@@ -323,10 +366,10 @@ def prepare(arguments: Arguments) -> dict:
             f"validation_fraction {arguments.validation_fraction} is not between 0 and 1: "
             "pass --validation_fraction 0.01"
         )
-    for name in ("num_proc", "max_stories"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} is below 1: pass --{name} 1")
+    check_whole("num_proc", arguments.num_proc, 1, 1_000)
+    check_whole("seed", arguments.seed, 0, 2**63 - 1)
+    if arguments.max_stories is not None:
+        check_whole("max_stories", arguments.max_stories, 1)
     check_vocab_size(arguments.vocab_size)
     start = time.perf_counter()
     data_dir, skipped, read = arguments.data_dir, Counter(), {}
@@ -340,11 +383,8 @@ def prepare(arguments: Arguments) -> dict:
             arguments.max_stories,
             arguments.seed,
         )
-        data_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in data_dir.glob(".prepare-*"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir)
-        scratch = Path(stack.enter_context(scratch))
+        stack.enter_context(writing(data_dir))
+        scratch = stack.enter_context(scratch_folder(data_dir))
         total = arguments.max_stories or source.total
         seen = np.zeros(arguments.vocab_size, bool)
         with progress_bar(total=total, unit=" stories", desc="encoding") as bar:

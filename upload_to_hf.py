@@ -19,7 +19,6 @@ from typing import Literal
 
 from config import InputError, check_whole
 from storygpt.hub import find_token, is_hub_id, publish
-from storygpt.readers import kind_of
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
@@ -85,10 +84,9 @@ def check(arguments: Arguments) -> None:
 
 
 def hub_dataset(meta: dict) -> str | None:
-    """The data set's name where it is one on the Hub; a path of this machine stays private."""
-    name = meta.get("dataset", "")
-    is_file = Path(name).exists() or kind_of(name)
-    return name if is_hub_id(name) and not is_file else None
+    """The data set's name where it came from the Hub, which alone has revisions; a path of this
+    machine, which may be spelled alike, stays private."""
+    return meta["dataset"] if meta.get("revision") else None
 
 
 def published(checkpoint: dict) -> dict:
@@ -246,6 +244,8 @@ def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
     if output_dir is None:
         return tempfile.TemporaryDirectory()
     try:
+        if output_dir.is_mount():  # nothing can be renamed to it
+            raise InputError(f"{output_dir} is a mount point: pass a folder in it")
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         if output_dir.exists() and any(output_dir.iterdir()):
             raise InputError(f"{output_dir} is not empty: pass a new --output_dir")

@@ -113,6 +113,8 @@ def open_tokenizer(name: str, vocab_size: int) -> tuple[int, Callable[[str], lis
         tokenizer = AutoTokenizer.from_pretrained(name)
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         start = next(token for token in known if token is not None)
+        if not tokenizer("a")["input_ids"]:  # where it finds no files, transformers makes up this
+            raise ValueError("an empty vocabulary")
         return start, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:
         if vocab_size != GPT2_VOCAB_SIZE:

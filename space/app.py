@@ -92,11 +92,15 @@ def load(name: str) -> Storyteller:
     from config import GPTConfig, TrainingConfig
     from model import GPT
 
-    with torch.serialization.safe_globals([GPTConfig, TrainingConfig]):
-        checkpoint = torch.load(folder / FILES[2], map_location="cpu", weights_only=True)
-    model = GPT(checkpoint["gpt_config"])
-    model.load_state_dict(checkpoint["model_state_dict"])
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        with torch.serialization.safe_globals([GPTConfig, TrainingConfig]):
+            checkpoint = torch.load(folder / FILES[2], map_location="cpu", weights_only=True)
+        model = GPT(checkpoint["gpt_config"])
+        model.load_state_dict(checkpoint["model_state_dict"])
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # a damaged file can fail in any layer below
+        kind = type(error).__name__
+        sys.exit(f"error: {name} is damaged ({kind}): get it again, or publish it again")
     tokenizer.encode_special_tokens = True  # a prompt that spells <|endoftext|> is only text
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shown_as = folder.resolve().name if Path(name).is_dir() else name  # nobody's whole path
@@ -573,15 +577,19 @@ def main() -> None:
         font=["system-ui", "sans-serif"],  # nothing is fetched from elsewhere
         font_mono=["ui-monospace", "monospace"],
     )
-    page(load(arguments.model)).launch(
-        server_name=arguments.host,
-        server_port=arguments.port,
-        inbrowser=arguments.open,
-        theme=theme,
-        css=CSS,
-        ssr_mode=False,
-        footer_links=[],
-    )
+    blocks = page(load(arguments.model))
+    try:
+        blocks.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            inbrowser=arguments.open,
+            theme=theme,
+            css=CSS,
+            ssr_mode=False,
+            footer_links=[],
+        )
+    except (OSError, OverflowError):  # no such port, or somebody else's
+        sys.exit("error: the page cannot be served there: pass another --port or --host")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path} is a folder: pass a .pt file with --checkpoint")
+        raise InputError(f"{path} is a folder where a .pt file belongs")
     if not path.is_file():
         raise InputError(
             f"there is no checkpoint {path}: train one with `python train.py`, or pass another "
@@ -140,7 +140,7 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
         if not weight.isfinite().all():
             raise InputError(
                 f"{name} in {path} is not finite: the run that wrote it diverged; pass another "
-                "with --checkpoint"
+                "checkpoint"
             )
 
 
@@ -206,8 +206,14 @@ def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
     same weights have the same sum in a .pt file, a folder and on the Hub. Raises InputError as
     `load_model` does.
     """
+    path = Path(path)
+    if not path.exists() and not is_hub_id(path.as_posix()):
+        raise InputError(
+            f"there is no {path} to start from: pass --init_from with a .pt file, a folder, or a "
+            "Hub id, owner and name, as in openai-community/gpt2"
+        )
     model, _ = load_model(path)
-    digest, path = hashlib.sha256(), Path(path)
+    digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
     name = str(path.resolve()) if path.exists() else path.as_posix()

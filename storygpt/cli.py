@@ -65,7 +65,7 @@ def command_line(script: str, **flags) -> str:
 
 
 def listen_for_signals(launched: bool) -> list[int]:
-    """A list that takes the signals, Ctrl-C and SIGTERM, that ask the caller to stop.
+    """A list that takes the signals, Ctrl-C, SIGTERM and SIGHUP, that ask the caller to stop.
 
     A second Ctrl-C ends the process at once; but not a process that torchrun has `launched`, whose
     launcher passes on what a terminal or a scheduler has sent to all of them already.
@@ -77,7 +77,11 @@ def listen_for_signals(launched: bool) -> list[int]:
         if number == signal.SIGINT and not launched:
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # A terminal that is closed, or ssh that is cut; but nohup has it ignored, and Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, request_stop)
     return received
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, InputError, TrainingConfig
+from storygpt.readers import refuse_pointers
 from storygpt.telling import TEMPERATURE, TOP_K
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
@@ -41,21 +42,20 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is refused: it holds more than weights and settings, and loading it could "
-            "run a stranger's code"
-        ) from error
     except FileNotFoundError as error:
         raise InputError(
-            f"{path.parent} is no model: it has no {path.name}; pass another with --checkpoint"
+            f"{path.parent} is no model: it has no {path.name}; pass another checkpoint"
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
-        raise InputError(
-            f"{path} is damaged or not a checkpoint: pass another with --checkpoint"
-        ) from error
+        refuse_pointers([path])
+        if isinstance(error, pickle.UnpicklingError):
+            raise InputError(
+                f"{path} is refused: it holds more than weights and settings, and loading it could "
+                "run a stranger's code"
+            ) from error
+        raise InputError(f"{path} is damaged or not a checkpoint: pass another") from error
 
 
 def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
@@ -165,9 +165,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
                     raise ValueError("not only tensors")
         return tensors
-    raise InputError(
-        f"{folder} is no model: it has no model.safetensors; pass another with --checkpoint"
-    )
+    raise InputError(f"{folder} is no model: it has no model.safetensors; pass another checkpoint")
 
 
 def read_folder(folder: Path) -> dict:

@@ -75,7 +75,9 @@ def open_text(path: Path, newline: str | None = "") -> Iterator[io.TextIOWrapper
     else:
         raw = UNPACK.get(packed, open)(path, "rb")
     with raw, io.BufferedReader(raw) as file:
-        start = file.peek(4)
+        start = file.peek(4)[:4]
+        if b"\0" in start and not start.startswith(tuple(BOMS)):
+            raise InputError(f"{path} is UTF-16 without a byte-order mark: save it as UTF-8")
         encoding = next((BOMS[bom] for bom in BOMS if start.startswith(bom)), "utf-8-sig")
         yield io.TextIOWrapper(file, encoding, errors="surrogatepass", newline=newline)
 
@@ -197,13 +199,17 @@ class JSONStream:
             self.expect(",")
 
 
+def has_column(row, column: str) -> bool:
+    return isinstance(row, dict) and (column in row or column.split(".")[0] in row)
+
+
 def json_objects(stream: JSONStream, column: str) -> Iterator:
     """The rows of a .json file: of a list, at the top or under one key, or one after another."""
     while stream.peek():
         if stream.peek() != "{":
             yield from stream.items()
             continue
-        row, lists = {}, []
+        row, lists, inside = {}, [], []
         for key in stream.fields():
             stream.expect(":")
             if column in row or stream.peek() != "[":
@@ -211,15 +217,16 @@ def json_objects(stream: JSONStream, column: str) -> Iterator:
                 continue
             row[key], items = [], stream.items()
             first = next(items, None)
-            if isinstance(first, dict):
+            inside += [first] * isinstance(first, dict)
+            if has_column(first, column):
                 lists.append(key)
                 if len(lists) > 1:
                     raise ValueError(f"it has the lists {', '.join(lists)}: leave one in a file")
                 yield first
                 yield from items
             deque(items, maxlen=0)
-        if not lists:
-            yield row
+        if not lists:  # where it has no text either, the columns to choose from are the list's
+            yield row if has_column(row, column) or not inside else inside[0]
 
 
 def json_rows(path: Path, column: str) -> Iterator[tuple[int, object]]:

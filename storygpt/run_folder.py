@@ -123,8 +123,21 @@ class RunFolder:
                 f"{self.directory} has {held} but not {LATEST}, from which alone a run can be "
                 "resumed: put it back, or pass another --checkpoint_dir"
             )
-        checkpoint = load_checkpoint(latest) if latest.exists() else None
+        checkpoint = self.load_latest() if latest.exists() else None
         return checkpoint if checkpoint and checkpoint["step"] else None
+
+    def load_latest(self) -> dict:
+        """What was saved to go on from. Raises InputError where it cannot be read."""
+        try:
+            checkpoint = load_checkpoint(self.directory / LATEST)
+            if not {"data", "dtype"} <= checkpoint.keys():
+                raise InputError("it holds weights alone, or is of an older version")
+            return checkpoint
+        except InputError as error:
+            raise InputError(
+                f"{self.directory} cannot be resumed ({error}): put a good {LATEST} there, or pass "
+                f"another --checkpoint_dir, and --init_from to start from this run's {BEST}"
+            ) from error
 
     def check_same_run(
         self, resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None
@@ -168,7 +181,7 @@ class RunFolder:
         names = [FINAL, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
         if not latest.exists():
             names += [BEST, METRICS, PLOT]
-        elif load_checkpoint(latest)["step"]:
+        elif self.load_latest()["step"]:
             return LATEST
         paths = [self.directory / name for name in names]
         return next((path.name for path in paths if path.exists() and path.stat().st_size), None)
@@ -178,10 +191,10 @@ class RunFolder:
 
         Raises InputError where another process has it, or metrics.jsonl is spoiled.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         # Ends with its process, however that ends: a lock that is a file's existence would not.
         self.lock = FileLock(self.directory / ".lock", fallback_to_soft=False)
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(blocking=False)
         except Timeout as error:
             raise InputError(
@@ -190,7 +203,10 @@ class RunFolder:
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise
+                raise InputError(
+                    f"{self.directory} cannot be written ({error.strerror}): pass another "
+                    "--checkpoint_dir"
+                ) from error
             print(
                 f"{self.directory} is on a disk without locks: nothing keeps a second run out",
                 file=sys.stderr,
@@ -203,7 +219,14 @@ class RunFolder:
         return metrics
 
     def append(self, entry: dict) -> None:
-        append_metrics(self.directory / METRICS, entry)
+        """Adds a line to metrics.jsonl. Raises InputError where it cannot be written."""
+        try:
+            append_metrics(self.directory / METRICS, entry)
+        except OSError as error:
+            raise InputError(
+                f"{self.directory / METRICS} cannot be written ({error.strerror}): free some "
+                "space, and go on with --resume"
+            ) from error
 
     def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
         """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.

@@ -80,6 +80,8 @@ def open_stories(
                 f"{path} is of no kind this script reads ({', '.join(KINDS)}, all but the last "
                 f"also {', '.join(UNPACK)}): check --dataset"
             )
+        if not path.is_file():  # what came through a pipe could not be read a second time
+            raise InputError(f"{path} is a pipe or device: write it to a file, and pass that")
         refuse_pointers([path])
         return Stories({"train": read_files([path], text_column)}, count_rows([path]))
     if kind_of(path.name) or dataset.startswith(("/", "~", ".")) or dataset.count("/") > 1:
@@ -261,6 +263,8 @@ def open_folder(folder: Path, text_column: str, subset: str | None) -> Stories:
     left_out: dict[str, list[str]] = {}
     try:
         found = saved_files(folder)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{folder} is not whole as a saved data set: save it again") from error
     if found is None:

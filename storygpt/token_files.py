@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +17,13 @@ import numpy as np
 from config import InputError
 
 SPLITS = ("train", "validation")
-PREPARE = "`python prepare_data.py --data_dir {}`"
+
+
+def prepare_command(data_dir: Path, **known) -> str:
+    """The command that prepares `data_dir` with the flags that are `known`, as a shell takes it."""
+    flags = [word for name, value in known.items() for word in (f"--{name}", str(value))]
+    words = ["python", "prepare_data.py", "--data_dir", str(data_dir), *flags]
+    return f"`{shlex.join(words)}`"
 
 
 class SplitWriter:
@@ -75,7 +82,8 @@ def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
     """
-    path, prepare = Path(data_dir) / "meta.json", PREPARE.format(data_dir)
+    path, known = Path(data_dir) / "meta.json", {"vocab_size": vocab_size} if vocab_size else {}
+    prepare = prepare_command(data_dir, **known)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -114,7 +122,8 @@ def load_tokens(
     that share it. Raises InputError where the two disagree, an id is outside the vocabulary, or
     the split is shorter than one window of context_length + 1.
     """
-    path, again = Path(data_dir) / f"{split}.bin", f"run {PREPARE.format(data_dir)} again"
+    path, known = Path(data_dir) / f"{split}.bin", {k: meta[k] for k in ("dataset", "vocab_size")}
+    again = f"run {prepare_command(data_dir, **known)} again"
     counts = meta["splits"][split]
     try:
         size = path.stat().st_size

@@ -41,6 +41,7 @@ def _run_main(script: str, flags: list[str], output: str, environment: dict, cwd
     sys.argv = [script, *flags]
     # a test run that a shell put into the background was started with Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup with that ignored
     import importlib
 
     from storygpt import cli
@@ -97,9 +98,10 @@ def script(tmp_path_factory):
 
 @pytest.fixture
 def fails(script):
-    """fails("train.py", *flags, says="...") asserts one sentence, a status, and no traceback."""
+    """fails("train.py", *flags, says="...") asserts one sentence, a status, and no traceback.
+    Returns the sentence."""
 
-    def check(name: str, *flags, says: str, **keywords):
+    def check(name: str, *flags, says: str, **keywords) -> str:
         result = script(name, *flags, **keywords)
         assert result.code not in (0, None), result.output
         assert "Traceback" not in result.output, result.output
@@ -109,6 +111,7 @@ def fails(script):
             errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, result.output
         assert says in errors[0], errors[0]
+        return errors[0]
 
     return check
 

@@ -143,16 +143,22 @@ def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
     assert kept[str(folder)]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
     low, high = kept[str(folder)]["interval"]
     assert low < bits < high
-    assert kept[str(tmp_path / "plain")]["vocab_size"] == gpt2_tokenizer.n_vocab
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        nats = [per_story_nats(plain, gpt2_tokenizer.encode_ordinary(t), 50256, 64) for t in texts]
+    bits = sum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert kept[str(tmp_path / "plain")]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
 
 
 def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):
     (tmp_path / "empty").mkdir()
+    gpt2(300, 64).save_pretrained(tmp_path / "untold")
     (tmp_path / "b.json").write_text("{}")
     best = run_dir / "StoryGPT_best.pt"
     for flags, says in (
         ((tmp_path / "none.pt",), "there is no checkpoint"),
         ((tmp_path / "empty",), "transformers cannot load"),
+        ((tmp_path / "untold",), "has no tokenizer that transformers can load"),
         ((best, "--output", tmp_path / "b.json"), "is not one that baselines.py wrote"),
         ((best, "--output", tmp_path / "b.txt"), "no .json file"),
     ):

@@ -85,6 +85,7 @@ def strangers(folder, proof):
         ("empty", b"", "is damaged or not a checkpoint"),
         ("half", data[: len(data) // 2], "is damaged or not a checkpoint"),
         ("text", b"Once upon a time" * 100, "is damaged or not a checkpoint"),
+        ("cloned", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "git lfs pull"),
         ("flipped", data[:3000] + bytes([data[3000] ^ 16]) + data[3001:], "is damaged"),
         ("pickle", pickle.dumps(Stranger(proof)), "is damaged or not a checkpoint"),
         ("stranger", new_checkpoint(step=Stranger(proof)), "could run a stranger's code"),

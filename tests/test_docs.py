@@ -101,6 +101,16 @@ def test_what_is_made_and_installed_is_there():
     assert installed and all((ROOT / name).is_file() for name in installed)
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
+def test_an_environment_that_was_left_half_made_is_made_again(tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)  # what Debian's Python without venv leaves
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--dry-run", ".venv/requirements"]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "-m venv .venv" in planned.stdout
+
+
 # --- The short ones, run ---
 
 TOO_LONG = {"experiments/benchmark.py", "experiments/baselines.py", "space/app.py"}

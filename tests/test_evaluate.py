@@ -258,7 +258,9 @@ def test_mistakes_are_named(fails, small, tmp_path):
     fails("evaluate.py", *best, "--data_dir", tmp_path, says="no prepared data")
     fails("evaluate.py", *best, *data, "--batch_size", 0, says="batch_size must")
     fails("evaluate.py", *best, *data, "--top_p", 0, says="top_p must")
-    fails("evaluate.py", *best, *data, "--output", tmp_path / "a.txt", says="is no .json file")
+    (tmp_path / "b.json").mkdir()
+    for name in ("a.txt", "b.json"):
+        fails("evaluate.py", *best, *data, "--output", tmp_path / name, says="is no .json file")
     fails("evaluate.py", *best, *data, "--num_stories", 9_999, says="held-out stories to compare")
     broken = load_checkpoint(small.folder / "short.pt")
     broken["model_state_dict"]["ln_f.weight"][:] = 3e38  # finite, its products are not

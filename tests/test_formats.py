@@ -159,6 +159,12 @@ def drop(folder: Path, name: str) -> Path:
     return folder
 
 
+def without_large_files(folder: Path, name: str) -> Path:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
+    return folder
+
+
 def point_outside(folder: Path) -> Path:
     (folder / "model.safetensors").rename(folder.parent / "out.safetensors")
     index = {"weight_map": {"wte.weight": "../out.safetensors"}}
@@ -218,6 +224,8 @@ FOREIGN = {
     ),
     "half a file": (lambda f: cut(f / "model.safetensors"), "model.safetensors is damaged"),
     "bomb": (bomb, "could run a stranger's code"),
+    "cloned": (lambda f: without_large_files(f, "model.safetensors"), "run `git lfs pull`"),
+    "cloned, older": (lambda f: without_large_files(f, "pytorch_model.bin"), "run `git lfs pull`"),
     "file elsewhere": (point_outside, "index.json is damaged"),
     "not a number": (lambda f: rewrite(f, not_a_number), "h.1.mlp.c_fc.weight in"),
 }

@@ -471,12 +471,16 @@ def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
         check(says, dataset=dataset)
     check("has no column 'body'", dataset=table, text_column="body")
     check("one story alone", dataset=table, max_stories=1)
-    check("max_stories 0 is below 1", max_stories=0)
+    check("max_stories must be a whole number of at least 1, not 0", max_stories=0)
     check("not between 0 and 1", validation_fraction=math.nan)
     check("not between 0 and 1", validation_fraction=1)
     check("leave out --subset", dataset=table, subset="en")
     check("pass --vocab_size with 257 to 50257", vocab_size=70_000)
-    check("num_proc 0 is below 1", num_proc=0)
+    check("num_proc must be a whole number of at least 1, not 0", num_proc=0)
+    check("num_proc 1000000 is over 1000", num_proc=1_000_000)
+    check("seed must be a whole number of at least 0, not -1", seed=-1)
+    with pytest.raises(InputError, match=r"cannot be written .* pass another --data_dir"):
+        prepared("builtin", out / "meta.json", max_stories=50)
     for flags, says in (
         (["--dataset", "no such name"], "neither a file, a folder nor"),
         ([], "--dataset builtin"),
@@ -486,7 +490,7 @@ def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_run_leaves_the_old_files(number, script, tmp_path):
+def test_interrupted_run_leaves_the_old_files(number, script, fails, tmp_path):
     stories, tmp_path = tmp_path / "stories.txt", tmp_path / "data"
     tmp_path.mkdir()
     (tmp_path / "meta.json").write_text("old")
@@ -495,6 +499,10 @@ def test_interrupted_run_leaves_the_old_files(number, script, tmp_path):
     while not list(tmp_path.glob(".prepare-*/train.ids")):
         assert process.is_alive()
         time.sleep(0.001)
+    if number == signal.SIGKILL:  # until then nobody else writes there
+        flags = ["--dataset", "builtin", "--num_proc", 1, "--data_dir", tmp_path]
+        fails("prepare_data.py", *flags, says="another process is writing to")
+        assert process.is_alive()
     os.kill(process.pid, number)
     process.join(30)
     if number == signal.SIGKILL:  # what it left is swept up by the next run

@@ -93,9 +93,10 @@ def test_interrupted_run_is_bit_identical(changes, stops, script, data_dir, undi
         resume = ["--resume"] if number else []
         process = script.start("train.py", *flags, *resume)
         wait_for_step(process, tmp_path, step)
-        os.kill(process.pid, [signal.SIGINT, signal.SIGTERM][number % 2])
+        how = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP][number % 3]
+        os.kill(process.pid, how)
         process.join(60)
-        assert process.exitcode == [130, 143][number % 2]
+        assert process.exitcode == 128 + how
         output = process.output.read_text()
         command = f"python train.py --resume --data_dir {data_dir} --checkpoint_dir {tmp_path}"
         assert command in output and "Traceback" not in output
@@ -283,11 +284,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(fails, script, data_dir, small_
     process.join(60)
     output = process.output.read_text()
     assert process.exitcode == 1 and "Traceback" not in output
-    assert re.search(
-        r"^error: .* cannot be written \(.*and the one before it is kept|No space left on device",
-        output,
-        re.M,
-    ), output
+    said = r"^error: .* cannot be written \(.*(and the one before it is kept|go on with --resume)"
+    assert re.search(said, output, re.M), output
     kept = load_checkpoint(small_disk / "StoryGPT_latest.pt")["step"]
     assert kept >= 15
     assert not list(small_disk.glob(".*.tmp"))
@@ -300,5 +298,6 @@ def test_a_full_disk_keeps_the_checkpoint_before(fails, script, data_dir, small_
 def test_a_folder_that_cannot_be_written_is_named_before_any_step(fails, data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     flags = flags_of(data_dir, tmp_path / "file")
-    fails("train.py", *flags, says=str(tmp_path / "file"))
-    fails("train.py", *flags_of(data_dir, "/proc/checkpoints"), says="/proc/checkpoints")
+    fails("train.py", *flags, says=f"{tmp_path / 'file'} cannot be written (File exists)")
+    flags = flags_of(data_dir, "/proc/checkpoints")
+    fails("train.py", *flags, says="/proc/checkpoints cannot be written")

@@ -135,6 +135,17 @@ def test_weights_alone_are_not_overwritten(name, tmp_path):
         RunFolder(tmp_path).check_unused()
 
 
+def test_a_checkpoint_that_cannot_be_resumed_is_named_with_what_mends_it(fails, flags, copy_of_run):
+    for data, says in (
+        (b"", "is damaged"),
+        ((copy_of_run / "StoryGPT_best.pt").read_bytes(), "holds weights alone"),
+    ):
+        (copy_of_run / "StoryGPT_latest.pt").write_bytes(data)
+        for more in ([], ["--resume"]):
+            said = fails("train.py", *flags, *more, says="or pass another --checkpoint_dir")
+            assert says in said
+
+
 def test_two_runs_in_one_folder(script, fails, flags, tmp_path):
     first = script.start("train.py", *flags, "--max_steps", "2000")
     while not (tmp_path / "run" / "StoryGPT_latest.pt").exists():
@@ -306,9 +317,10 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
         command = [sys.executable, "train.py", *map(str, flags)]
         assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
         assert len(metrics_of(tmp_path / "run")) == 20
-        command = [sys.executable, "generate.py", "--checkpoint"]
-        command.append(str(tmp_path / "run" / "StoryGPT_best.pt"))
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "generate.py", "--interactive", "--checkpoint"]
+        command = shlex.join([*command, str(tmp_path / "run" / "StoryGPT_best.pt")]) + " <&-"
+        told = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, shell=True, cwd=ROOT, **told)
     assert done.returncode == 1 and done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr and "No space left" in done.stderr
 
@@ -572,7 +584,7 @@ def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, 
         (["--n_layer", "3"], "has n_layer 2, not 3"),
         (["--context_length", "65"], "has context_length 64, not 65"),
         (["--vocab_size", "600"], "has vocab_size 512, not 600"),
-        (["--init_from", tmp_path / "none.pt"], "there is no checkpoint"),
+        (["--init_from", "gpt2"], "a Hub id, owner and name, as in openai-community/gpt2"),
     ):
         fails("train.py", *flags, *changes, says=says)
     flags += ["--context_length", "32", "--dropout", "0", "--max_steps", "2", "--warmup_steps", "0"]

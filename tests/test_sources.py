@@ -75,6 +75,8 @@ WAYS = {
     "stories.json": json.dumps([{"text": story, "n": 1} for story in LONG]),
     "lines.json": jsonl(LONG),
     "under_a_key.json": json.dumps({"n": [1], "data": [{"text": s} for s in LONG]}, indent=1),
+    "after_other_lists.json": json.dumps({"by": [{"n": 1}], "data": [{"text": s} for s in LONG]}),
+    "lines_with_lists.json": "".join(json.dumps({"by": [{"n": 1}], "text": s}) for s in LONG),
     "stories.csv": csv(LONG),
     "stories.tsv": csv(LONG, "\t"),
     "stories.parquet": parquet(LONG, n=1),
@@ -159,6 +161,8 @@ def test_folders_without_stories_are_named(tmp_path):
     refused(put(tmp_path / "c", {"val.jsonl": jsonl(LONG)}), "validation alone")
     assert read(tmp_path / "c" / "val.jsonl") == {"train": LONG}
     refused(tmp_path / "none.jsonl", "there is no file or folder")
+    (tmp_path / "device.txt").symlink_to(os.devnull)
+    refused(tmp_path / "device.txt", "is a pipe or device")
     put(tmp_path / "d", {"a.jsonl": jsonl(LONG)})
     (tmp_path / "d" / "gone.jsonl").symlink_to("nowhere")
     refused(tmp_path / "d", "a link to nothing")
@@ -247,6 +251,9 @@ def test_folders_that_datasets_saved(tmp_path):
     splits.save_to_disk(tmp_path / "all")
     assert read(tmp_path / "all") == {"train": LONG, "validation": ["V."]}
     assert "test/data-00000-of-00001.arrow" in left_out(tmp_path / "all").popitem()[1]
+    datasets.DatasetDict({"train_test": rest}).save_to_disk(tmp_path / "both")
+    with pytest.raises(InputError, match="train_test names two splits"):
+        read(tmp_path / "both")
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     refused(tmp_path / "one", "data-00001-of-00002.arrow")
     (tmp_path / "all" / "train" / "state.json").write_text("{")
@@ -344,6 +351,7 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
         ("a.json", '{"text": ["A", "B"]}', "row 1: column 'text' holds a list"),
         ("a.json", '{"train": [{"text": "A"}], "test": [{"text": "B"}]}', "lists train, test"),
         ("a.json", '["A", "B"]', "row 1 is text, not an object"),
+        ("a.json", '{"data": [{"body": "A"}]}', "pass --text_column with one of body"),
         ("a.json", '[{"text": "A"},]', "cannot read"),
         ("a.json", '[{"text": "A"}', "cannot read"),
         ("a.csv", "text,n\nA,1\n\nB,2,3\n", "line 4 has 3 fields where the header has 2"),
@@ -353,6 +361,7 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
         ("a.csv", "text;n\nA;1\n", "no column 'text': pass --text_column with one of text;n"),
         ("a.csv", "text,text\nA,B\n", "two columns 'text'"),
         ("a.txt", b"caf\xe9\n", "is not UTF-8"),
+        ("a.txt", "Tom.".encode("utf-16-le"), "without a byte-order mark"),
         ("a.parquet", parquet([None, 3]), "row 2: column 'text' holds int64, not text"),
         ("a.parquet", parquet([b"A"]), "row 1: column 'text' holds binary, not text"),
         ("a.parquet", b"PAR1 but no more", "cannot read"),

@@ -154,6 +154,26 @@ def test_what_is_no_model_is_a_sentence(app, tmp_path, monkeypatch, capsys):
         assert says in f"{ended.value.code} {capsys.readouterr().err}" and ended.value.code != 0
 
 
+def test_a_port_in_use_and_a_damaged_model_are_sentences(
+    app, space, run_dir, tmp_path, monkeypatch
+):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("model.py", "config.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    weights = tmp_path / "checkpoints" / "StoryGPT_best.pt"
+    weights.write_bytes((run_dir / weights.name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text(tokenizer_files(512, 64)["tokenizer.json"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # where app.py puts the model's own code
+    flags = ["app.py", "--model", str(tmp_path), "--port", str(space.port)]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit, match="pass another --port"):
+        app.main()
+    for data in (b"", weights.read_bytes()[:5000]):
+        weights.write_bytes(data)
+        with pytest.raises(SystemExit, match="is damaged"):
+            app.main()
+
+
 # --- What it tells ---
 
 

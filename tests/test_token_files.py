@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -160,6 +161,9 @@ def flip_a_byte(path):
     path.write_bytes(data)
 
 
+NO_META = ("no prepared data", "not JSON", "is damaged")
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -176,13 +180,16 @@ def flip_a_byte(path):
     ],
 )
 def test_damage_is_named(damage, says, data_dir, tmp_path):
-    folder = tmp_path / "data"
+    folder = tmp_path / "the data"
     shutil.copytree(data_dir, folder)
     assert len(load_tokens(folder, "train", load_meta(folder, 512), 64)) > 1_000_000
     damage(folder)
     with pytest.raises(InputError, match=says) as error:
         load_tokens(folder, "train", load_meta(folder, 512), 64)
-    assert "python prepare_data.py --data_dir" in str(error.value)
+    command = shlex.split(str(error.value).split("`")[1])  # as a shell takes it
+    assert command[:4] == ["python", "prepare_data.py", "--data_dir", str(folder)]
+    assert command[-2:] == ["--vocab_size", "512"]
+    assert (command[4:6] == ["--dataset", "sample"]) == (says not in NO_META)
 
 
 def test_ids_and_models_of_another_vocabulary_are_named(data_dir, tmp_path):

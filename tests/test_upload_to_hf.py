@@ -297,12 +297,12 @@ def test_the_card_names_a_licence_and_a_gguf_only_where_there_is_one(script, sma
     assert not (tmp_path / "out" / "StoryGPT.gguf").exists()
 
 
-def test_only_a_hub_data_set_is_named(script, small_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my" / "stories").mkdir(parents=True)
+def test_only_a_hub_data_set_is_named(script, small_run, tmp_path):
     for name in ("sample", "/home/me/stories", "my/stories", "data/mine.txt", "../up", "a/b/c"):
-        assert hub_dataset({"dataset": name}) is None, name
-    assert hub_dataset({"dataset": "roneneldan/TinyStories"}) == "roneneldan/TinyStories"
+        assert hub_dataset({"dataset": name, "revision": None}) is None, name
+    assert hub_dataset({}) is None
+    on_the_hub = {"dataset": "roneneldan/TinyStories", "revision": "f54c09f"}
+    assert hub_dataset(on_the_hub) == "roneneldan/TinyStories"
     (tmp_path / "out").mkdir()  # a folder may be there, if it is empty
     flags = (*small_run.flags, "--data_dir", tmp_path, "--dry_run")
     result = script("upload_to_hf.py", *flags, "--output_dir", tmp_path / "out")
@@ -497,6 +497,7 @@ def test_mistakes_are_named_before_the_network_is_touched(
         (["--data_dir", tmp_path / "damaged"], "is damaged (not JSON)"),
         (["--dry_run"], "pass --output_dir"),
         (["--output_dir", tmp_path / "full"], "is not empty"),
+        (["--output_dir", "/"], "is a mount point"),
         (["--output_dir", tmp_path / "new.pt" / "out"], "cannot be written"),
         (["--output_dir", "/proc/StoryGPT"], "cannot be written"),
     ):
