@@ -103,7 +103,32 @@ def test_the_loss_and_the_hero_are_the_models_own(printed, demo):
     ids = [4095, *tokenizer.encode(story), 4095]
     loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1].item()
     assert f"mean of -ln p over {len(ids) - 1} tokens: {loss:.3f} nats" in printed
-    assert re.search(r"before the last Frank: at ␣Then head [12] of layer [12] takes", printed)
+
+    name = tokenizer.encode(" Frank")
+    places = [i for i in range(len(ids)) if ids[i : i + len(name)] == name]
+    last = places[-1]  # in the model's own ids, which an end-of-text leads
+    logits = model(torch.tensor([ids[:last]]))[0][0, -1]
+    logit, token = logits.max(-1)
+    likeliest = tokenizer.decode([token.item()]).replace(" ", "␣")
+    p = logits.softmax(-1).max()
+    assert f"{likeliest:>9} logit {logit:6.2f}  p {p:7.2%}" in printed
+    shares, inputs = {}, []
+    hooks = [b.attn.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) for b in model.h]
+    model(torch.tensor([ids[1:last]]))
+    for hook in hooks:
+        hook.remove()
+    for layer, (block, x) in enumerate(zip(model.h, inputs, strict=True), 1):
+        q, k, _ = block.attn.heads(x)
+        scores = q[0, :, -1:] @ k[0].mT / k.size(-1) ** 0.5
+        for head, weights in enumerate(scores[:, 0].softmax(-1), 1):
+            before = [i - 1 + j for i in places[:-1] for j in range(len(name))]
+            shares[weights[before].sum().item()] = (head, layer)
+    most = max(shares)
+    head, layer = shares[most]
+    says = f"before the last Frank: at ␣Then head {head} of layer {layer} takes {most:.0%} from"
+    assert says in printed
+    like = re.findall(r"^ *(\S+) is like (\S+)", printed, re.M)
+    assert len(like) == 10 and all(own != nearest for own, nearest in like)
 
 
 def test_pictures_are_drawn(printed, demo):
@@ -116,6 +141,26 @@ def test_a_small_context_and_any_row_will_do(script, run_dir, data_dir, tmp_path
     result = script(SCRIPT, *flags, "--row", 7, "--output_dir", tmp_path / "new")
     assert result.code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(PICTURES)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    norms = [entry["grad_norm"] for entry in map(json.loads, lines) if entry["step"]]
+    over = sum(norm > 1 for norm in norms)
+    assert f"{over} of 20 steps had a norm over 1: clipped" in result.output and over != 10
+
+
+def test_a_hero_is_a_whole_word_and_the_last_story_may_be_cut_by_a_row():
+    from experiments.tour import find_story
+    from storygpt.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(512)
+    texts = ["Then Tom ran.", "Once a boy, Tom, sat. Tomorrow Tom will run.", "It was a day."]
+    ids = [[*tokenizer.encode_ordinary(text), 511] for text in texts]
+    tokens = np.array([token for story in ids for token in story], "<u2")
+    story = find_story(tokens, tokens[3:9], tokenizer, 64)
+    assert (story.start, story.ids, story.hero) == (len(ids[0]), ids[1][:-1], "Tom")
+    assert ["".join(story.pieces[i] for i in place).strip(" ,") for place in story.named] == [
+        "Tom"
+    ] * 2
+    assert find_story(tokens, tokens[-4:], tokenizer, 64) is None  # no story begins there
 
 
 def test_what_is_wrong_is_one_sentence(fails, run_dir, data_dir, tmp_path):
