@@ -111,6 +111,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     put(
         tmp_path, dict.fromkeys([*notes, "package.json", ".hidden.jsonl", ".git/x.txt"], "You may.")
     )
+    put(tmp_path, {"data/b.parquet.gz": gzip.compress(parquet(LONG))})
     put(tmp_path, {"data/a.jsonl": jsonl(LONG), "b.zip": b"PK", "old.txt": "A."})
     put(tmp_path, {"data/a.jsonl.gz": gzip.compress(jsonl(LONG).encode())})
     (tmp_path / "c.jsonl").symlink_to("data/a.jsonl")
@@ -120,7 +121,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     assert left_out(tmp_path) == {
         "hidden": [".git", ".hidden.jsonl"],
         "notes by their name": sorted([*notes, "package.json"]),
-        "of another kind": ["b.zip", "pipe.jsonl"],
+        "of another kind": ["b.zip", "pipe.jsonl", "data/b.parquet.gz"],
         ".txt beside structured files": ["old.txt"],
         "another name of what is read": ["data/a.jsonl", "data/up"],
         "compressed copies": ["data/a.jsonl.gz"],
@@ -364,7 +365,7 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
         ("a.csv", "text;n\nA;1\n", "no column 'text': pass --text_column with one of text;n"),
         ("a.csv", "text,text\nA,B\n", "two columns 'text'"),
         ("a.txt", b"caf\xe9\n", "is not UTF-8"),
-        ("a.parquet", parquet([None] * 150 + [3]), "row 151: column 'text' holds int64, not text"),
+        ("a.parquet", parquet([None] * 250 + [3]), "row 251: column 'text' holds int64, not text"),
         ("a.parquet", parquet([b"A"]), "row 1: column 'text' holds binary, not text"),
         ("a.parquet", b"PAR1 but no more", "cannot read"),
     ],
