@@ -489,7 +489,7 @@ def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
     check("pass --vocab_size with 257 to 50257", vocab_size=70_000)
     check("num_proc 0 is below 1", num_proc=0)
     for flags, says in (
-        (["--dataset", "no such name"], "neither a file, a folder nor"),
+        (["--dataset", "~/no/such/folder"], "neither a file, a folder nor"),
         ([], "--dataset builtin"),
     ):
         fails("prepare_data.py", *flags, "--num_proc", 1, "--data_dir", out, says=says, **closed)
