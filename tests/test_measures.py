@@ -150,6 +150,8 @@ def test_copies_are_those_that_trying_all_finds(tmp_path, symbols):
     train = rng.integers(symbols, size=3_000).astype("<u2")
     told = [rng.integers(symbols, size=size) for size in (0, 3, 40, 41, 90)]
     told += [np.concatenate((told[2], train[985:1030], told[3]))]  # a copy, across chunks' border
+    train[1_500] = 0
+    told += [train[1_480:1_500], train[1_501:1_520]]  # two short ones, that are not one
     train.tofile(tmp_path / "train.bin")
     search = CopySearch(told)
     chunks = list(read_chunks(tmp_path / "train.bin", 200, 1_000))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hub_server import TOKEN, Fault, Hub
 from huggingface_hub import constants
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 import upload_to_hf
@@ -325,8 +326,27 @@ def test_only_a_hub_data_set_is_named(script, small_run, tmp_path, monkeypatch):
 
 
 def test_a_story_cannot_be_markup():
-    assert quote("a*b [c](d)\n\n<e> `f`") == "> a\\*b \\[c\\](d)\n>\n> \\<e\\> \\`f\\`"
-    assert quote(r"# _a_ ~b~ | \\ c") == r"> \# \_a\_ \~b\~ \| \\\\ c"
+    """What a reader of GitHub's Markdown makes of the quotation is one, of the story's own text."""
+    for told in (
+        "a*b* [c](d) ![e](f)\n<e> `f` _a_ __b__ ~~c~~ **d** \\* \\",
+        "- Hello.\n- Hi.",
+        "1. One.\n2) Two, 3.5 and 4.",
+        "Tom ran.\n---\nMia sat.\n===",
+        "+ x\n# y\n> z\n## a #",
+        "a | b\n--|--\n1 | 2",
+        '&lt;b&gt; &amp; &#35; "quoted" (it\'s)',
+        "end\\\nnext ```\nx\n```\n~~~",
+    ):
+        (_, _, inline, *rest) = blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(
+            quote(told)
+        )
+        assert [block.type for block in (*blocks[:2], *rest)] == [
+            "blockquote_open", "paragraph_open", "paragraph_close", "blockquote_close"
+        ], told  # fmt: skip
+        assert {part.type for part in inline.children} <= {"text", "softbreak"}, told
+        text = "".join(part.content or "\n" for part in inline.children)
+        assert text == told
+    assert quote("  A.\n\n\t    B.") == "> A.\n>\n> B."  # no code
 
 
 # --- Publishing ---
@@ -356,7 +376,7 @@ def test_one_commit_is_the_folder_and_the_same_again_is_none(script, folders, hu
     flags = (*shlex.split(command), "--num_samples", 3, "--device", "cpu")
     quiet = environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     told = story(script("generate.py", *flags, **quiet).output).split("\n" + "-" * 40 + "\n")
-    lines = [(7 + i, "\n".join(text.splitlines()).strip()) for i, text in enumerate(told)]
+    lines = [(7 + i, "\n".join(map(str.strip, t.splitlines())).strip()) for i, t in enumerate(told)]
     assert stories_on(card) == lines and "\ntorch.manual_seed(7)\n" in card
     assert TOKEN not in result.output + again.output + changed.output
     kept = [*repo.commits[2].values(), *files_of(tmp_path).values()]
