@@ -186,6 +186,15 @@ def test_stories_are_told_as_asked_and_beside_their_own_openings(small):
     assert [story.text for story in others[0]["held-out"]] != held_out
 
 
+def test_a_story_that_is_white_space_as_far_as_the_context_goes_has_no_opening(small, tmp_path):
+    meta = write_data(tmp_path, train=small.train[:2], validation=["\n" * 70 + "Tom ran."])
+    arguments = evaluate.Arguments(data_dir=tmp_path, num_stories=1)
+    sets = evaluate.collect(load(small, "short"), meta, TOKENIZER, arguments)
+    assert sets["held-out"][0].text == "" and len(sets["told from first sentences"]) == 1
+    columns, _ = evaluate.judge(load(small, "short"), meta, sets, arguments)
+    assert columns["held-out"]["length"] == [0, 0, 0]
+
+
 ASKED = {"temperature": 0.9, "top_k": 9, "top_p": 0.6, "seed": 5}
 
 
