@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -32,6 +33,7 @@ from prepare_data import (
     encode_text,
     find_duplicates,
     hold_out,
+    kept_stories,
     start_workers,
 )
 from storygpt.token_files import SplitWriter
@@ -122,6 +124,12 @@ def test_empty_stories_are_never_the_ones_held_out(stories, seed, prepared, tmp_
         len(validation) == 1 and sorted(train + validation) == ["A.", "B.", "C."][: len(train) + 1]
     )
     assert f"{len(stories) - len(train) - 1} empty stories skipped" in said
+
+
+def test_no_more_stories_are_read_than_are_taken_and_empty_ones_do_not_count():
+    stories, skipped = iter(["", "A.", None, "\ufeffB.", "C.", " "]), Counter()
+    assert [*kept_stories(stories, 2, skipped)] == ["A.", "B."] and skipped["empty"] == 2
+    assert [*stories] == ["C.", " "]
 
 
 @pytest.mark.parametrize(("number", "fraction", "held_out"), [
