@@ -53,6 +53,8 @@ def test_characters_that_span_tokens_come_out_whole():
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert stream.add([tokenizer.encode_ordinary("é")[0]]) == ""  # half a character waits
     assert stream.close() == "\ufffd"
+    end = tokenizer.eot_token
+    assert [stream.add(ids) for ids in ([32, end, 32], [32], [32, end])] == ["A", "", ""]
 
 
 def test_same_seed_same_story_and_it_is_the_models(script, run_dir):
