@@ -142,7 +142,8 @@ def collect(
     picked = np.random.default_rng(seed).choice(len(stories), number, replace=False)
     whole = [[*stories[i].tolist(), end_of_text] for i in picked]
     held_out = [read_story(ids, tokenizer, context_length) for ids in whole]
-    openings = [tokenizer.encode_ordinary(sentences(story.text)[0]) for story in held_out]
+    first = ["".join(sentences(story.text)[:1]) for story in held_out]  # nothing of white space
+    openings = [tokenizer.encode_ordinary(sentence) for sentence in first]
     pack_linears(model)
     sampling = (arguments.temperature, arguments.top_k, arguments.top_p)
     sets = {}

@@ -237,7 +237,7 @@ class GPT(nn.Module):
                 token = sample(logits, temperature, top_k, top_p, generator)
                 if end_of_text is not None:
                     token = token.masked_fill(finished, end_of_text)
-                    finished = finished | (token == end_of_text)
+                    finished = token == end_of_text
                 yield token
                 if end_of_text is not None and finished.all():
                     return

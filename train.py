@@ -134,7 +134,7 @@ def set_up(
 
     start_weights = fit_start(start, gpt) if start else None
     meta = load_meta(arguments.data_dir, gpt.vocab_size)
-    remembered = {"data": data_fingerprint(meta), "dtype": machine.dtype_name(dtype), "run_id": ""}
+    remembered = {"data": data_fingerprint(meta), "dtype": machine.dtype_name(dtype)}
     if resumed:
         check_same_data(resumed, remembered["data"], arguments.data_dir)
     train_tokens, val_tokens = (
@@ -154,8 +154,8 @@ def set_up(
     elif start:
         load_weights(model, start_weights, arguments.init_from)
     remembered["init_from"] = resumed.get("init_from") if resumed else start and start[2]
-    if arguments.tracker != "none":
-        remembered["run_id"] = (resumed or {}).get("run_id") or secrets.token_hex(4)
+    new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
+    remembered["run_id"] = (resumed or {}).get("run_id") or new_id  # kept without its tracker, too
     if resumed and resumed["dtype"] != remembered["dtype"]:
         print(f"this run was in {resumed['dtype']} and goes on in {remembered['dtype']}")
     setting = Setting(arguments, processes, device, dtype, batches, val_tokens, remembered)
@@ -167,17 +167,17 @@ def set_up(
 
 def train(setting: Setting, state: TrainState) -> int:
     """Trains to the last step, or until asked to stop; returns the exit status."""
-    config, processes = setting.arguments.training, setting.processes
+    arguments, processes = setting.arguments, setting.processes
+    config = arguments.training
     compiled = machine.compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
     folder, log = open_folder(setting, state) if processes.is_main else (None, None)
-    deadline = cli.STARTED + 3600 * (setting.arguments.max_hours or math.inf)
+    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
     longest = time.monotonic() - cli.STARTED  # seconds between two looks at the clock
     saved, status = time.monotonic(), 0
     if setting.remembered["init_from"] and state.step == 0:
         evaluate_start(setting, state, compiled, folder, log)
-    state.model.train()
     with log or nullcontext():
         while state.step < config.max_steps and not status:
             # --- One step ---
@@ -189,13 +189,13 @@ def train(setting: Setting, state: TrainState) -> int:
             entry["tokens_per_second"] = round(speed, 1)
 
             # --- End a diverged run, evaluate ---
-            state.check(entry, setting.arguments.checkpoint_dir, config)
+            state.check(entry, arguments.checkpoint_dir, config)
             last = state.step == config.max_steps
             status = 0 if last else status
             if last or state.step % config.eval_interval == 0:
                 loss = validate(setting, compiled, config.eval_iters, processes)
                 state.val_loss = entry["val_loss"] = loss
-                state.check(entry, setting.arguments.checkpoint_dir, config)
+                state.check(entry, arguments.checkpoint_dir, config)
             if not processes.is_main:
                 continue
 
@@ -222,7 +222,7 @@ def train(setting: Setting, state: TrainState) -> int:
         if processes.is_main:
             folder.wait()  # saving goes on in the background
     if processes.is_main:
-        print(log.ending(status, state.best_val_loss, setting.arguments.data_dir))
+        print(log.ending(status, state.best_val_loss, arguments.data_dir, arguments.tracker))
     # torchrun would take any other status for a death, and start all processes anew.
     return 0 if status == MORE_TO_DO and processes.launched else status
 
@@ -291,8 +291,8 @@ def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
     arguments, processes = setting.arguments, setting.processes
     config, folder = arguments.training, RunFolder(arguments.checkpoint_dir)
     settings, run_id = {**vars(arguments.gpt), **vars(config)}, setting.remembered["run_id"]
-    track = start_tracker(arguments.tracker, settings, run_id, folder.directory)
     metrics = folder.open(state.step)
+    track = start_tracker(arguments.tracker, settings, run_id, folder.directory)
     done = state.step == config.max_steps  # but killed before FINAL was written
     save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
     folder.wait()

@@ -117,8 +117,8 @@ def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int
 
 def quote(story: str) -> str:
     """A story as a Markdown quotation in which nothing is markup."""
-    escaped = re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", story)
-    return "\n".join(f"> {line}".rstrip() for line in escaped.splitlines())
+    escaped = re.sub(r"([\\`*_\[\]<>#|~&+=-]|(?<=\d)[.)])", r"\\\1", story)
+    return "\n".join(f"> {line.strip()}".rstrip() for line in escaped.splitlines())
 
 
 def table(rows: Iterable[tuple]) -> str:

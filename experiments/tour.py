@@ -84,12 +84,15 @@ def shown(piece: str) -> str:
 def find_story(tokens: np.ndarray, row: np.ndarray, tokenizer, most: int) -> Story | None:
     """The first story that begins in a batch's `row`, at most `most` tokens of it.
 
-    None where it names nobody twice.
+    None where it names nobody twice, or the row is inside the last story.
     """
     places = np.flatnonzero(tokens[: len(tokens) - len(row) + 1] == row[0])
     window = next(p for p in places if np.array_equal(tokens[p : p + len(row)], row))
     starts = np.append(0, np.flatnonzero(tokens == tokenizer.eot_token) + 1)
-    start, after = starts[np.searchsorted(starts, window) :][:2]
+    following = starts[np.searchsorted(starts, window) :]
+    if len(following) < 2:
+        return None
+    start, after = following[:2]
     ids = tokens[start : min(after - 1, start + most)].tolist()
     spelled = [tokenizer.decode_single_token_bytes(i) for i in ids]
     raw, token_of_byte = b"".join(spelled), np.repeat(range(len(ids)), [len(s) for s in spelled])

@@ -267,7 +267,7 @@ def show_choice(teller: Storyteller, story: Story, index: int, layer: int) -> st
     rows = [bar(teller, other, p, other == token) for other, p in shown]
     rank = int((expected > expected[token]).sum()) + 1
     if rank > len(shown):
-        rows.append(bar(teller, token, expected[token].item(), True, f"{rank:,}th: "))
+        rows.append(bar(teller, token, expected[token].item(), True, f"no. {rank:,}: "))
     whose = "you wrote" if index < story.given else "the model told"
     return (
         f"<h3>In the place of <code>{spelled(teller, token)}</code></h3>"

@@ -223,7 +223,7 @@ class Log:
         ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
         entry["sample"] = " ".join(story.split())
 
-    def ending(self, status: int, best_val_loss: float, data_dir: Path) -> str:
+    def ending(self, status: int, best_val_loss: float, data_dir: Path, tracker: str) -> str:
         """What to say at the end of the run, or where it stops with that exit status."""
         made, speed = [e for e in self.metrics if e["step"] > self.first_step], "no step was left"
         if made:
@@ -231,8 +231,10 @@ class Log:
             rate = tokens / (time.monotonic() - self.start)
             speed = f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
         if status:
-            folders = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
-            command = command_line("train.py", resume=True, **folders)
+            flags = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
+            if tracker != "none":
+                flags["tracker"] = tracker
+            command = command_line("train.py", resume=True, **flags)
             step = self.metrics[-1]["step"] if self.metrics else 0
             return f"stopped after step {step:,} ({speed}); continue with: {command}"
         directory = self.plot.parent

@@ -85,7 +85,7 @@ def open_stories(
             raise InputError(f"{path} is a pipe or device: write it to a file, and pass that")
         refuse_pointers([path])
         return Stories({"train": read_files([path], text_column)}, count_rows([path]))
-    if kind_of(path.name) or dataset.startswith(("/", "~", ".")) or dataset.count("/") > 1:
+    if kind_of(path.name):
         raise InputError(f"there is no file or folder {dataset}: check --dataset")
     return open_hub_dataset(dataset, text_column, subset, revision, max_stories is not None)
 

@@ -77,6 +77,7 @@ def tell_from(
         for t in range(context_length):
             logits = model.lm_head(model.hidden(ids[:, t : t + 1], cache)[:, 0])
             drawn = sample(logits, temperature, top_k, top_p, generator)[:, 0]
+            drawn = drawn.masked_fill(ended, end_of_text)
             ids[:, t + 1] = torch.where(t < sizes, ids[:, t + 1], drawn)
             ended |= ids[:, t + 1] == end_of_text
             if ended.all():

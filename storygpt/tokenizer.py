@@ -87,15 +87,12 @@ class TextStream:
 
     def add(self, ids: list[int]) -> str:
         """The text that `ids` complete."""
+        if self.ended:
+            return ""
         if self.tokenizer.eot_token in ids:
-            ids = ids[: ids.index(self.tokenizer.eot_token)]
-            text, self.ended = "" if self.ended else self._decode(ids), True
-            return text
-        return "" if self.ended else self._decode(ids)
+            ids, self.ended = ids[: ids.index(self.tokenizer.eot_token)], True
+        return self.decoder.decode(self.tokenizer.decode_bytes(ids))
 
     def close(self) -> str:
         """What was held back: U+FFFD for half a character."""
         return self.decoder.decode(b"", final=True)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.decoder.decode(self.tokenizer.decode_bytes(ids))

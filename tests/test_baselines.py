@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import python
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
 )
 
-from experiments.baselines import read_earlier
+from config import InputError
+from experiments.baselines import Model, open_tokenizer, read_earlier, score
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import load_checkpoint
-from storygpt.formats import write_folder
+from storygpt.formats import tokenizer_files, write_folder
 from storygpt.losses import story_losses, story_windows
 from storygpt.token_files import load_meta, load_tokens, split_stories
 from storygpt.tokenizer import load_tokenizer
@@ -128,6 +132,8 @@ def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
     written = json.loads(output.read_text())
     kept = written["models"]
     assert set(lines(second.output)) == set(kept) == {*found, str(tmp_path / "plain")}
+    bits = [float(cells[-1].split()[0]) for cells in lines(second.output).values()]
+    assert bits == sorted(bits)
     assert read_earlier(output, written["of"]) == kept
     for others in ({"num_stories": 4}, {"data": "other"}):  # no figures of other stories beside
         assert read_earlier(output, written["of"] | others) == {}
@@ -148,6 +154,31 @@ def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
         nats = [per_story_nats(plain, gpt2_tokenizer.encode_ordinary(t), 50256, 64) for t in texts]
     bits = sum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
     assert kept[str(tmp_path / "plain")]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+
+
+def test_bits_are_counted_by_bytes():
+    """Of a model that knows nothing of bytes: 8 bits for each."""
+    texts = ["Zoé ran.", "“Là!”", "The end."]
+    model = Model(0, 256, 4, 0, lambda text: [*text.encode()], lambda x: torch.zeros(*x.shape, 256))
+    line = score(model, texts, 2, torch.device("cpu"))
+    assert [line["bits_per_byte"], *line["interval"]] == pytest.approx([8, 8, 8])
+
+
+def test_a_tokenizer_that_adds_tokens_adds_none_to_a_story(tmp_path):
+    files = tokenizer_files(512, 64)
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 511)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "Tom had a kite."
+    start, encode = open_tokenizer(str(tmp_path), 512)
+    assert start == 511 and encode(text) == load_tokenizer(512).encode_ordinary(text)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"][0] == 511  # it does add
+    with pytest.raises(InputError, match="has no tokenizer that transformers can load"):
+        open_tokenizer(str(tmp_path / "none"), 512)
 
 
 def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):

@@ -97,6 +97,8 @@ def strangers(folder, proof):
         ("wide", new_checkpoint(gpt_config=wide), "do not fit its configuration"),
         ("short", new_checkpoint(model_state_dict={k: weights[k] for k in list(weights)[3:]}),
          "do not fit its configuration"),
+        ("more", new_checkpoint(model_state_dict=weights | {"more": torch.zeros(3)}),
+         r"more is \(3,\), where the model has none"),
     ):  # fmt: skip
         path = folder / f"{name}.pt"
         if isinstance(content, bytes):

@@ -49,8 +49,11 @@ def test_presets_are_the_tables(name, table):
         (GPTConfig, {"n_layer": 2.5}, "n_layer must be a whole number"),
         (GPTConfig, {"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         (GPTConfig, {"dropout": float("nan")}, "dropout must be"),
+        (GPTConfig, {"init_std": -0.02}, "init_std must be at least 0"),
         (GPTConfig, {"bias": "no"}, "bias must be True or False"),
         (TrainingConfig, {"max_steps": 300}, "pass --warmup_steps 30"),
+        (TrainingConfig, {"max_steps": 1_000}, "leaves nothing of max_steps 1000"),
+        (TrainingConfig, {"eval_iters": 0}, "eval_iters must be a whole number of at least 1"),
         (
             TrainingConfig,
             {"learning_rate": 3e-4, "min_lr": 1.0},

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TINY
 
 from config import InputError
+from storygpt import cli
 from storygpt.checkpoint import load_checkpoint
 from storygpt.distributed import Processes
 
@@ -35,6 +36,7 @@ def free_port() -> int:
 def ranks(script, *flags) -> list:
     """Two processes of train.py as torchrun starts them, without the seconds of their imports."""
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["TORCHELASTIC_RESTART_COUNT"] = "0"
     return [
         script.start("train.py", *flags, RANK=rank, LOCAL_RANK=rank, **environment)
         for rank in ("0", "1")
@@ -121,6 +123,8 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_stopped(
     assert codes == [0, 0], first + second
     assert " parameters on 2 × cpu" in first and "done: " in first and not second.strip()
     assert_close(tmp_path / "two", single)
+    codes, (first, _) = ended(ranks(script, *flags, tmp_path / "two"))
+    assert codes == [1, 1] and "already holds a run" in first
 
     # The whole run again, but with a signal to one of the two, and resumed by one process.
     stopped = tmp_path / "stopped"
@@ -134,6 +138,20 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_stopped(
     result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", stopped)
     assert result.code == 0, result.output
     assert_close(stopped, single)
+
+
+def test_a_second_ctrl_c_kills_no_process_of_torchrun():
+    """A terminal sends it to all of them, and the launcher once more."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for launched in (True, False):
+            received = cli.listen_for_signals(launched)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == [signal.SIGINT]
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) != launched
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def wait_for_steps(folder, number: int) -> None:

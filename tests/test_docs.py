@@ -197,6 +197,32 @@ def test_short_commands_run(name, least, script, world, tmp_path):
     assert len(short) >= least
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_what_make_runs_goes_where_it_went_before(script, world, tmp_path, monkeypatch):
+    copied = shutil.copytree(world, tmp_path / "world")
+    (copied / "checkpoints/demo/published/old").mkdir(parents=True)
+    (copied / "space").mkdir()
+    for name in ("Makefile", "requirements.txt", "space/requirements.txt"):
+        shutil.copy(ROOT / name, copied / name)
+    started = []
+    for target in ("app", "demo"):
+        make = ["make", "--dry-run", target]
+        result = subprocess.run(make, cwd=copied, capture_output=True, text=True, check=True)
+        for words in commands(f"```sh\n{result.stdout}```\n"):
+            if words[0] == "rm":
+                subprocess.run(words, cwd=copied, check=True)
+            elif what := script_and_flags(words):
+                name, flags = what
+                started.append(name)
+                if name in TOO_LONG:
+                    parse(name, flags, monkeypatch)
+                    continue
+                result = script(name, *flags, *SMALL.get(name, "").split(), cwd=copied)
+                assert result.code == 0, f"{shlex.join(words)}:\n{result.output}"
+    app = ["upload_to_hf.py", "space/app.py"]  # the model is there already
+    assert started == [*app, "prepare_data.py", "train.py", "evaluate.py", "generate.py"]
+
+
 def test_python_in_the_documents_compiles():
     texts = [read(path) for path in DOCS if path.name != "tour.md"]  # which only quotes
     blocks = [b for text in texts for b in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,10 @@ from matplotlib.figure import Figure
 import evaluate
 from config import GPTConfig, TrainingConfig
 from model import GPT
+from storygpt import telling
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
+from storygpt.copies import read_chunks
 from storygpt.losses import all_windows
 from storygpt.measures import ROWS, Story, read_story, sentences, story_table
 from storygpt.telling import tell_from
@@ -34,6 +38,7 @@ def test_every_token_is_a_target_once():
 # --- A small model and small data, on which all of it is quick ---
 
 TOKENIZER = load_tokenizer(512)
+ACCENTS = "Zoé saw a café. “Oh là là!” said Zoé."
 
 
 def write_data(folder, **stories: list[str]) -> dict:
@@ -80,13 +85,13 @@ def load(small, name: str) -> GPT:
 
 @torch.no_grad()
 def nats_of_windows(model: GPT, ids: list[int], step: int, keep: int) -> float:
-    """Nats of `ids` after an end-of-text in float64: windows of 64 that move by `step`, of which
-    all but the first count their last `keep`."""
-    stream, total = torch.tensor([511, *ids]), 0.0
-    for end in range(64, 64 + len(ids), step):
-        x, y = stream[end - 64 : end], stream[end - 63 : end + 1]
+    """Nats of `ids` after an end-of-text in float64: windows of the context that move by `step`,
+    of which all but the first count their last `keep`."""
+    stream, total, size = torch.tensor([511, *ids]), 0.0, model.config.context_length
+    for end in range(size, size + len(ids), step):
+        x, y = stream[end - size : end], stream[end - size + 1 : end + 1]
         losses = -model(x[None, : len(y)])[0][0].log_softmax(-1)[range(len(y)), y]
-        total += losses[0 if end == 64 else 64 - keep :].sum().item()
+        total += losses[0 if end == size else size - keep :].sum().item()
         if end >= len(ids):
             break
     return total
@@ -113,7 +118,7 @@ def test_losses_agree_with_float64(small, split):
         assert report[name] == pytest.approx(expected, rel=1e-5), name
 
 
-def test_the_judge_knows_what_it_is_shown(small):
+def test_the_judge_knows_what_it_is_shown(small, monkeypatch):
     model, meta = load(small, "long"), load_meta(small.folder, 512)
     whole = [read_story([*TOKENIZER.encode_ordinary(text), 511], TOKENIZER, 280)
              for text in small.validation]  # fmt: skip
@@ -125,21 +130,31 @@ def test_the_judge_knows_what_it_is_shown(small):
         "unended": [Story(story.ids, story.text, False) for story in whole],
         "mixed": [Story(np.array(TOKENIZER.encode_ordinary(t)), t, True) for t in mixed],
         "known": [Story(np.array(known), small.train[5], True)],
+        "of more bytes than letters": [
+            Story(np.array(TOKENIZER.encode_ordinary(ACCENTS)), ACCENTS, True),
+            Story(np.array([], int), "", True),  # has no loss
+        ],
     }
+    # names are found in the first chunk; no later one holds a whole story
+    monkeypatch.setattr(
+        evaluate,
+        "read_chunks",
+        lambda path, overlap: read_chunks(path, overlap, 2**20 if overlap == 1 else 100),
+    )
     arguments = evaluate.Arguments(data_dir=small.folder, num_stories=12)
     columns, longest = evaluate.judge(model, meta, sets, arguments)
     for title, ended, kept in (
         ("held-out", 1, 1), ("unended", 0, 0), ("mixed", 1, 0), ("known", 1, 1),
     ):  # fmt: skip
         assert (columns[title]["ends"][0], columns[title]["keeps"][0]) == (ended, kept), title
+    assert columns["held-out"]["returns"][0] == 1 and columns["mixed"]["returns"][0] < 1
     assert longest["known"] == {"tokens": len(known), "text": small.train[5]}
     assert longest["held-out"]["tokens"] < 150 and columns["known"]["copied_25"][0] == 1
     assert longest["held-out"]["text"] in " ".join(small.train)
-    with torch.no_grad():
-        ids = torch.tensor([511, *known])
-        losses = -model(ids[None, :-1])[0][0].log_softmax(-1)[range(len(known)), ids[1:]]
-    bits = losses.sum().item() / math.log(2) / len(small.train[5])
-    assert columns["known"]["loss"][0] == pytest.approx(bits, rel=1e-5)
+    for title, text in (("known", small.train[5]), ("of more bytes than letters", ACCENTS)):
+        nats = nats_of_windows(model, TOKENIZER.encode_ordinary(text), 280, 280)
+        bits = nats / math.log(2) / len(text.encode())
+        assert columns[title]["loss"][0] == pytest.approx(bits, rel=1e-5), title
 
 
 def test_stories_are_told_as_asked_and_beside_their_own_openings(small):
@@ -167,10 +182,21 @@ def test_stories_are_told_as_asked_and_beside_their_own_openings(small):
         return [story.ids.tolist() for story in sets["told from nothing"]]
 
     assert ids(sets) == ids(collect(5)) == expected
-    for other in (
-        collect(6), collect(5, temperature=2), collect(5, top_k=2), collect(5, top_p=1),
-    ):  # fmt: skip
-        assert ids(other) != expected
+    others = (collect(6), collect(5, temperature=2), collect(5, top_k=2), collect(5, top_p=1))
+    assert all(ids(other) != expected for other in others)
+    assert [story.text for story in others[0]["held-out"]] != held_out
+
+
+def test_a_story_that_is_white_space_as_far_as_the_context_goes_has_no_opening(small, tmp_path):
+    meta = write_data(tmp_path, train=small.train[:2], validation=["\n" * 70 + "Tom ran."])
+    arguments = evaluate.Arguments(data_dir=tmp_path, num_stories=1)
+    sets = evaluate.collect(load(small, "short"), meta, TOKENIZER, arguments)
+    assert sets["held-out"][0].text == "" and len(sets["told from first sentences"]) == 1
+    columns, _ = evaluate.judge(load(small, "short"), meta, sets, arguments)
+    assert columns["held-out"]["length"] == [0, 0, 0]
+
+
+ASKED = {"temperature": 0.9, "top_k": 9, "top_p": 0.6, "seed": 5}
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +204,7 @@ def evaluated(small, script):
     """evaluate.json of the small model, and what was printed."""
     flags = ("--checkpoint", small.folder / "long.pt", "--data_dir", small.folder, "--controls")
     flags += ("--num_stories", 4, "--device", "cpu", "--output", small.folder / "a.json")
+    flags += tuple(f"--{name}={value}" for name, value in ASKED.items())
     result = script("evaluate.py", *flags)
     assert result.code == 0, result.output
     return json.loads((small.folder / "a.json").read_text()), result.output
@@ -197,6 +224,7 @@ def test_what_is_printed_written_and_drawn(small, evaluated):
     numbers = [report[name] for name in ("loss", "perplexity", "bits_per_byte")]
     assert np.allclose(printed, numbers, rtol=1e-4)
     assert (report["data"], report["num_stories"]) == (data_fingerprint(small.meta), 4)
+    assert {name: report[name] for name in ASKED} == ASKED
 
 
 def test_evaluations_side_by_side(script, fails, evaluated, tmp_path):
@@ -209,6 +237,7 @@ def test_evaluations_side_by_side(script, fails, evaluated, tmp_path):
     result = script(*command, tmp_path / "a.json")
     assert result.code == 0, result.output
     assert "| step 4,000 " in result.output and "| 50.0 (25.0–75.0) " in result.output
+    assert "| held-out " in result.output and "| 100.0 (100.0–100.0) " in result.output
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     fails(*command, tmp_path / "b.json", says="a step of its own")
 
@@ -229,16 +258,25 @@ def test_what_is_drawn_of_evaluations_are_their_numbers(evaluated, tmp_path, mon
     assert lines["held-out"].get_ydata().tolist() == [100, 100]
 
 
+@pytest.mark.parametrize(("end", "ended"), [(511, 0), (114, 2)])
 @torch.no_grad()
-def test_prompts_of_different_lengths_go_side_by_side(small):
+def test_prompts_of_different_lengths_go_side_by_side(end, ended, small):
     model = load(small, "short")
     prompts = [[], [5], list(range(40)), list(range(90))]  # the last is longer than the context
-    told = tell_from(model, prompts, 511, seed=1, temperature=0)
+    told = tell_from(model, prompts, end, seed=1, temperature=0)
+    assert sum(end in ids for ids in told) == ended
     for prompt, ids in zip(prompts, told, strict=True):
-        start = torch.tensor([[511, *prompt[:63]]])
-        alone = model.generate(start, 65 - start.size(1), temperature=0, end_of_text=511)
+        start = torch.tensor([[end, *prompt[:63]]])
+        alone = model.generate(start, 65 - start.size(1), temperature=0, end_of_text=end)
         alone = alone[0, 1:].tolist() if len(prompt) < 64 else prompt[:64]
-        assert ids[: len(alone)] == alone and set(ids[len(alone) :]) <= {511}
+        assert ids == alone + [end] * (64 - len(alone))
+
+
+@torch.no_grad()
+def test_no_batch_of_stories_repeats_another(small, monkeypatch):
+    monkeypatch.setattr(telling, "AT_ONCE", 2)
+    told = tell_from(load(small, "short"), [[]] * 4, 511, seed=1, temperature=1)
+    assert len({tuple(ids) for ids in told}) == 4
 
 
 def test_mistakes_are_named(fails, small, tmp_path):
@@ -251,7 +289,14 @@ def test_mistakes_are_named(fails, small, tmp_path):
     (tmp_path / "b.json").mkdir()
     for name in ("a.txt", "b.json"):
         fails("evaluate.py", *best, *data, "--output", tmp_path / name, says="is no .json file")
+    nowhere = tmp_path / "no" / "a.json"
+    fails("evaluate.py", *best, *data, "--output", nowhere, says="in a folder that exists")
+    fails("evaluate.py", *best, *data, "--device", "abacus", says="is no device")
     fails("evaluate.py", *best, *data, "--num_stories", 9_999, says="held-out stories to compare")
+    cut = shutil.copytree(small.folder, tmp_path / "cut")
+    os.truncate(cut / "train.bin", 1_000)
+    flags = ("--data_dir", cut, "--num_stories", 1)
+    fails("evaluate.py", *best, *flags, says="train.bin has 1,000 bytes")
     broken = load_checkpoint(small.folder / "short.pt")
     broken["model_state_dict"]["ln_f.weight"][:] = 3e38  # finite, its products are not
     save_checkpoint(tmp_path / "broken.pt", broken)

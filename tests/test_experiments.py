@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import torch
 from conftest import TINY, python
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from config import GPTConfig, InputError
 from experiments import benchmark
 from experiments.benchmark import Arguments, make_setting, read_stories
-from experiments.compare import group, read_run
+from experiments.compare import draw, group, read_run, table
 
 COMPARE = "experiments.compare.py"  # as the fork server finds it
 SMALL = (
@@ -93,6 +95,27 @@ def test_runs_of_one_recipe_differ_in_nothing_but_their_seed(runs):
         replace(other, data="other data"),
     ):
         assert len(group([one, changed])) == 2
+
+
+def test_what_compare_draws_and_lists_are_the_runs_numbers(runs, tmp_path, monkeypatch):
+    """Of one recipe: a run whose best is not its last, and one that is not as far yet."""
+    whole = replace(read_run(runs[0]), val_loss=np.array([2.0, 3.0]))
+    arrays = ("step", "tokens", "seconds", "train_loss", "val_loss")
+    short = {name: getattr(read_run(runs[1]), name)[:1] for name in arrays}
+    short = replace(read_run(runs[1]), **short | {"val_loss": np.array([1.0])})
+    scales = {whole.name: 0.5, short.name: 0.5}
+    ((row,), drawn, save) = (rows_of(table([[whole]], scales)), [], Figure.savefig)
+    assert (row["best val_loss"], row["last val_loss"]) == ("2.000", "3.000")
+    assert row["best bits per byte"] == "1.0000" and float(row["learning_rate"]) == 0.003
+
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    draw([[whole, short]], scales, tmp_path / "curves.png")
+    for axes, x in zip(drawn[0].axes, ("tokens", "seconds"), strict=True):
+        validation, training = (line.get_xydata() for line in axes.lines)
+        mean = np.mean([getattr(whole, x)[0], getattr(short, x)[0]])
+        assert validation == pytest.approx(np.array([[mean, 0.5 * 1.5]]))
+        loss = 0.5 * np.mean([whole.train_loss[0], short.train_loss[0]])
+        assert training == pytest.approx(np.array([[mean, loss]]))
 
 
 def test_compare_tells_bits_per_byte_of_the_runs_own_data(script, runs, data_dir, tmp_path):
@@ -171,6 +194,33 @@ def test_benchmark_measures_all_that_it_promises(tmp_path):
     figures = [v for part in report.values() if isinstance(part, dict) for v in part.values()]
     assert all(v > 0 and math.isfinite(v) for v in figures if isinstance(v, float))
     assert report["machine"]["dtype"] == "float32"
+
+
+def test_benchmark_compares_medians_of_turns_after_one_to_warm_up(monkeypatch):
+    now, lasting = [0.0], {"a": [99, 1, 5, 2], "b": [0, 3, 3, 4]}
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    order = []
+
+    def turn(name: str) -> None:
+        order.append(name)
+        now[0] += lasting[name].pop(0)
+
+    setting = benchmark.Setting(GPTConfig(), torch.device("cpu"), torch.float32, 1, 3, 1, 1, False)
+    contenders = {name: partial(turn, name) for name in lasting}
+    assert benchmark.take_turns(contenders, setting) == {"a": 2, "b": 3}
+    assert order == ["a", "b"] * 4
+
+
+def test_the_ceiling_of_a_step_is_its_products_at_the_speed_of_two(monkeypatch):
+    monkeypatch.setattr(benchmark, "take_turns", lambda turns, _: dict.fromkeys(turns, 1.0))
+    gpt = GPTConfig(vocab_size=512, context_length=32, n_layer=3, n_head=2, n_embd=32)
+    setting = benchmark.Setting(gpt, torch.device("cpu"), torch.float32, 2, 1, 1, 1, False)
+    figures = benchmark.measure_training(setting)
+    # forward and twice as much backward, of the head and of 3 layers with 3 + 1 + 4 + 4 matrices
+    # of 32 x 32, where the product timed has 4; and of the attention, two products with 32 tokens
+    products = 3 * 1 + 3 * 3 * 12 / 4 + 3 * 3 * 2 * 32 * 32 / (4 * 32**2)
+    assert figures["StoryGPT, share of the ceiling"] == pytest.approx(products, rel=0.05)
+    assert figures["transformers, tokens/s"] == 64
 
 
 def test_benchmark_tokenizes_more_and_more_stories(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import locale
+import math
 import os
 import shutil
 import subprocess
@@ -61,6 +63,11 @@ def without_padding(tensors: dict) -> dict:
     return tensors
 
 
+def beside_an_old_pickle(folder: Path) -> Path:
+    (folder / "pytorch_model.bin").write_bytes(b"of another version, and not read")
+    return folder
+
+
 def as_bin(folder: Path, **options) -> Path:
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin", **options)
@@ -78,8 +85,10 @@ GPT2S = {
     "12 layers": lambda f: write_gpt2(f, n_layer=12, n_head=4),
     "one head, small vocabulary": lambda f: write_gpt2(f, n_layer=3, n_head=1, vocab_size=512),
     "padded vocabulary": lambda f: rewrite(write_gpt2(f, vocab_size=50304), without_padding),
-    "harmless settings": lambda f: write_gpt2(
-        f, reorder_and_upcast_attn=True, n_inner=128, activation_function="gelu_pytorch_tanh"
+    "harmless settings and files": lambda f: beside_an_old_pickle(
+        write_gpt2(
+            f, reorder_and_upcast_attn=True, n_inner=128, activation_function="gelu_pytorch_tanh"
+        )
     ),
     "masks and head stored": lambda f: rewrite(write_gpt2(f), lambda t: with_head(with_masks(t))),
     "pytorch_model.bin": lambda f: as_bin(write_gpt2(f)),
@@ -96,7 +105,7 @@ def test_any_gpt2_that_transformers_wrote_is_a_checkpoint(shape, tmp_path):
     folder = GPT2S[shape](tmp_path / "gpt2")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours, checkpoint = load_model(folder)
-    assert not ours.training and checkpoint["step"] == 0
+    assert not ours.training and checkpoint["step"] == 0 and checkpoint["val_loss"] == math.inf
     size = ours.config.vocab_size
     assert size == min(theirs.config.vocab_size, 50257)
     x = torch.randint(size, (10, 64), generator=torch.Generator().manual_seed(1))
@@ -244,11 +253,12 @@ def test_foreign_and_damaged_models_are_one_sentence(kind, tmp_path):
 
 def test_what_diverged_tells_no_story(script, fails, run_dir, data_dir, tmp_path):
     checkpoint = load_checkpoint(run_dir / BEST)
-    checkpoint["model_state_dict"]["h.0.ln_1.weight"][0] = torch.inf
-    save_checkpoint(tmp_path / "a.pt", checkpoint)
-    flags = ("--checkpoint", tmp_path / "a.pt")
-    fails("generate.py", *flags, says="h.0.ln_1.weight in")
-    fails("evaluate.py", *flags, "--data_dir", data_dir, says="is not finite")
+    for name, value in (("a", torch.inf), ("b", torch.nan)):
+        checkpoint["model_state_dict"]["h.0.ln_1.weight"][0] = value
+        save_checkpoint(tmp_path / f"{name}.pt", checkpoint)
+    fails("generate.py", "--checkpoint", tmp_path / "a.pt", says="h.0.ln_1.weight in")
+    flags = ("--checkpoint", tmp_path / "b.pt", "--data_dir", data_dir)
+    fails("evaluate.py", *flags, says="is not finite")
 
 
 def test_the_origin_of_a_run_is_its_weights(tmp_path):
@@ -309,6 +319,7 @@ def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, fails, tmp_path, d
         published = publish("you/StoryGPT", run / "StoryGPT_final.pt")
         card = published["README.md"].decode()
         assert "\nbase_model: them/gpt2-like\n" in card and "[them/gpt2-like](" in card
+        assert "the stories built into StoryGPT" in card  # those of data_dir
         assert greedy("you/StoryGPT") == greedy(run / "StoryGPT_final.pt") != greedy(folder)
         # what was published is itself a checkpoint with all that a card says
         again = publish("you/Again", "you/StoryGPT")
@@ -342,7 +353,13 @@ def test_the_settings_that_others_read_are_the_models_own(tmp_path):
     model = GPT(GPTConfig(**shape, dropout=0.25, init_std=0.07, bias=False))
     run = {"gpt_config": model.config, "model_state_dict": model.state_dict()}
     run |= {"training_config": TrainingConfig(batch_size=3), "step": 7, "val_loss": 2.5}
-    write_folder(tmp_path, run)
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")  # whose files are ASCII, where nothing else is said
+    try:
+        write_folder(tmp_path, run)
+        loaded = load_model(tmp_path)[1]
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
     theirs = GPT2Config.from_pretrained(tmp_path)
     assert theirs.vocab_size == 300 and (theirs.n_layer, theirs.n_head) == (3, 2)
     assert theirs.n_positions == theirs.n_ctx == 48 and theirs.n_embd == 16
@@ -353,7 +370,6 @@ def test_the_settings_that_others_read_are_the_models_own(tmp_path):
     assert (told.temperature, told.top_k) == (default.temperature, default.top_k)
     for ids in (theirs, told):
         assert ids.eos_token_id == ids.bos_token_id == ids.pad_token_id == 299
-    loaded = load_model(tmp_path)[1]
     assert loaded.keys() == run.keys()
     assert all(loaded[key] == run[key] for key in run.keys() - {"model_state_dict"})
 
@@ -496,6 +512,9 @@ def test_gguf_holds_the_weights_and_the_tokenizer(storyteller, dtype, tmp_path):
     assert field("tokenizer.ggml.pre") == "gpt-2" and field("gpt2.context_length") == 128
     assert field("tokenizer.ggml.bos_token_id") == field("tokenizer.ggml.eos_token_id") == size - 1
     assert field("tokenizer.ggml.tokens")[-2:][1] == "<|endoftext|>"
+    kinds = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL  # the latter are never text
+    assert field("tokenizer.ggml.token_type") == [kinds[0]] * (size - 1) + [kinds[1]]
+    assert field("general.file_type") == {"f16": 1, "f32": 0}[dtype]  # as llama.cpp counts
     assert len(field("tokenizer.ggml.tokens")) == size
     assert len(field("tokenizer.ggml.merges")) == size - 257
     assert field("tokenizer.ggml.add_bos_token") is False

@@ -5,15 +5,18 @@ import select
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
+import evaluate
 import generate
+import train
 from config import GPTConfig, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import load_model, save_checkpoint
+from storygpt.checkpoint import BEST, load_model, save_checkpoint
 from storygpt.kernels import pack_linears
 from storygpt.telling import tell
 from storygpt.tokenizer import TextStream, load_tokenizer
@@ -50,6 +53,8 @@ def test_characters_that_span_tokens_come_out_whole():
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert stream.add([tokenizer.encode_ordinary("é")[0]]) == ""  # half a character waits
     assert stream.close() == "\ufffd"
+    end = tokenizer.eot_token
+    assert [stream.add(ids) for ids in ([32, end, 32], [32], [32, end])] == ["A", "", ""]
 
 
 def test_same_seed_same_story_and_it_is_the_models(script, run_dir):
@@ -70,6 +75,7 @@ def test_same_seed_same_story_and_it_is_the_models(script, run_dir):
     ("flags", "changes"),
     [
         ("--prompt Tom", {"prompt": "Tom"}),
+        ("--prompt <|endoftext|>", {"prompt": "<|endoftext|>"}),
         ("--max_new_tokens 7", {"max_new_tokens": 7}),
         ("--temperature 1.5", {"temperature": 1.5}),
         ("--top_k 5", {"top_k": 5}),
@@ -94,6 +100,11 @@ def test_every_flag_reaches_the_model(flags, changes, tells, run_dir):
     assert told != expected(**{} if dtype == torch.float32 else changes)  # it changes something
 
 
+def test_a_story_from_nothing_has_not_ended_before_it_began(endless):
+    model, _ = load_model(endless)
+    assert tell(model, "", [1], 5, temperature=0) == [(" a" * 5, False)]
+
+
 def test_a_story_is_that_of_its_seed_whatever_is_told_beside_it(run_dir):
     model, _ = load_model(run_dir / "StoryGPT_best.pt")
     alone = [tell(model, "One day", [seed], 30)[0] for seed in (5, 6, 7)]
@@ -101,11 +112,28 @@ def test_a_story_is_that_of_its_seed_whatever_is_told_beside_it(run_dir):
 
 
 def test_prompt_over_the_context_is_cut_from_the_left_and_says_so(script, run_dir):
-    prompt = "dog " * 200 + "The end of it"
+    prompt = "👦" * 20 + "The end "
     flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--max_new_tokens", 5)
     result = script("generate.py", *flags, "--prompt", prompt)
     assert "more than the model's context of 64: only its last 64 are read" in result.output
-    assert "The end of it" in told(result)
+    assert "the prompt ends in a space" in result.output
+    assert "The end " in told(result)
+
+
+def test_what_is_cut_short_and_what_is_counted(capsys):
+    """A stand-in for a model: two stories, of which one ends in the middle of a character."""
+    tokenizer = load_tokenizer(512)
+    half, whole = tokenizer.encode_ordinary("é")[0], tokenizer.encode_ordinary("a")[0]
+    columns = [[half, whole], [511, whole], [511, half], [511, 511]]
+    model = SimpleNamespace(
+        config=GPTConfig(vocab_size=512),
+        wte=torch.nn.Embedding(1, 1),
+        stream=lambda *_, **__: (torch.tensor(column)[:, None] for column in columns),
+    )
+    generate.tell_aloud(model, generate.Arguments(prompt="Tom", num_samples=2))
+    out, err = capsys.readouterr()
+    assert out == f"Tom\ufffd{BETWEEN}Tomaa\ufffd\n"
+    assert "6 tokens in" in err  # an end-of-text is one, and nothing after it
 
 
 def test_empty_prompt_and_greedy(script, run_dir):
@@ -203,6 +231,11 @@ def test_ctrl_c_ends_a_story_and_ctrl_d_the_program(endless):
         os.close(here)
 
 
+def test_what_is_told_from_is_the_best_that_training_leaves():
+    taken = {script.Arguments().checkpoint for script in (generate, evaluate)}
+    assert taken == {train.FirstFlags().checkpoint_dir / BEST}
+
+
 def test_mistakes_are_named(fails, run_dir, tmp_path):
     best = ("--checkpoint", run_dir / "StoryGPT_best.pt")
     for flags, says in (
@@ -212,5 +245,6 @@ def test_mistakes_are_named(fails, run_dir, tmp_path):
         ((*best, "--top_p", 2), "top_p must be above 0"),
         ((*best, "--num_samples", 0), "num_samples must be a whole number of at least 1"),
         ((*best, "--device", "cuda:99"), "there is no device"),
+        ((*best, "--seed", 2**63 - 1), f"seed {2**63 - 1} is over"),
     ):
         fails("generate.py", *flags, says=says)

@@ -70,6 +70,8 @@ def test_chunked_cross_entropy_under_autocast_is_as_close_as_the_plain_loss(dtyp
         ]
     for plain, chunked in zip(*errors.values(), strict=True):
         assert chunked < 2 * plain + 1e-4 and chunked < 0.02
+    with torch.no_grad(), torch.autocast(device, dtype):  # of the same logits, in validation
+        assert chunked_cross_entropy(x, weight, targets).item() == pytest.approx(loss.item(), 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -110,6 +112,16 @@ def test_compiled_gradients_equal_eager_ones(backend, device):
     eager, compiled = gradients
     for name, grad in eager.items():
         assert grad.norm() > 0 and torch.allclose(compiled[name], grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_training_keeps_no_logits_of_a_whole_batch():
+    model, rows, kept = small_gpt().train(), torch.randint(301, (40, 33)), []
+    speed_up_training(model, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+    ):
+        model(rows[:, :-1], rows[:, 1:])
+    assert max(kept) < 40 * 32 * 301
 
 
 def test_a_compiled_step_breaks_its_graph_only_at_the_loss():

@@ -58,6 +58,8 @@ def test_a_story_ends_where_it_says_so_or_where_the_context_does():
     assert whole.ended and whole.text == "Tom ran. Mia sat down." and whole.ids.tolist() == ids
     cut = read_story([*ids, TOKENIZER.eot_token], TOKENIZER, len(ids) - 1)
     assert not cut.ended and cut.text == "Tom ran." and cut.ids.tolist() == ids[:-1]
+    again = TOKENIZER.encode_ordinary("Tom sat down. He ate. Tom sat down.")
+    assert read_story(again, TOKENIZER, len(again) - 1).text == "Tom sat down. He ate."
     assert read_story(ids[:2], TOKENIZER, 9).text == TOKENIZER.decode(
         ids[:2]
     )  # nothing else to say
@@ -148,6 +150,8 @@ def test_copies_are_those_that_trying_all_finds(tmp_path, symbols):
     train = rng.integers(symbols, size=3_000).astype("<u2")
     told = [rng.integers(symbols, size=size) for size in (0, 3, 40, 41, 90)]
     told += [np.concatenate((told[2], train[985:1030], told[3]))]  # a copy, across chunks' border
+    train[1_500] = 0
+    told += [train[1_480:1_500], train[1_501:1_520]]  # two short ones, that are not one
     train.tofile(tmp_path / "train.bin")
     search = CopySearch(told)
     chunks = list(read_chunks(tmp_path / "train.bin", 200, 1_000))
@@ -174,6 +178,20 @@ def test_no_copies_in_shuffled_text(tmp_path):
     search = CopySearch([rng.permutation(train[:5_000])])
     search.scan(train)
     assert search.share(12)[0] == 0 and search.longest == 0 and len(search.longest_run()) == 0
+
+
+@pytest.mark.parametrize(("shuffle", "split"), [(shuffle_sentences, sentences),
+                                                (shuffle_words, str.split)])  # fmt: skip
+def test_shuffled_stories_are_of_as_many_parts_and_end_as_before(shuffle, split):
+    told = [*stories("Tom ran. Mia sat down. Tom fell.", "It rained. He slept.")]
+    told.append(Story(told[0].ids, "Ben saw it.", False))
+    dealt = shuffle(told, TOKENIZER, 1)
+    for one, other in zip(told, dealt, strict=True):
+        assert len(split(one.text)) == len(split(other.text)) and one.ended == other.ended
+        assert TOKENIZER.decode(other.ids.tolist()) == other.text
+    before, after = (sorted(part for story in each for part in split(story.text))
+                     for each in (told, dealt))  # fmt: skip
+    assert before == after and [s.text for s in told] != [s.text for s in dealt]
 
 
 # --- All rows: what they tell apart ---

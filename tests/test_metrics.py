@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from storygpt.cli import progress_bar
 from storygpt.metrics import Log, draw_loss_plot, read_metrics, smoothed
 
 
@@ -54,24 +55,26 @@ def test_metrics_are_cut_to_the_step_that_goes_on(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("status", [0, 130])
-def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path):
+def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys):
     """Of a run resumed at step 10: what was done before counts neither as tokens nor as time."""
     before = entries(10)
-    log = Log(before, 10, 30, tmp_path, lambda entry: None, 1.0, torch.device("cpu"), torch.float32)
+    log = Log(before, 10, 90, tmp_path, lambda entry: None, 1.0, torch.device("cpu"), torch.float32)
     with log:
         for entry in entries(20, first=11):
             log.add(entry)
         log.start = time.monotonic() - 10
-        said = log.ending(status, 2.0, tmp_path / "data")
+        said = log.ending(status, 2.0, tmp_path / "data", "none")
     assert "2,000 tokens/s with saves and evaluations" in said
     assert (f"python train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
     assert ("best val_loss 2.0000" in said) == (status == 0)
     assert (tmp_path / "loss_plot.png").exists()
+    # 60 steps are left, of 1,000 tokens at 500 a second
+    assert log.bar.n == 30 and "about 0:02:00 to go at 500 tokens/s" in capsys.readouterr().out
 
 
 def test_what_only_shows_a_run_ends_none(tmp_path, capsys):
     def track(entry: dict) -> None:
-        raise ConnectionError("gone")
+        raise ConnectionError("gone\nfor good") if entry["step"] > 1 else TimeoutError
 
     nowhere = tmp_path / "no" / "folder"  # for the plot
     log = Log([], 0, 30, nowhere, track, 1.0, torch.device("cpu"), torch.float32)
@@ -79,4 +82,13 @@ def test_what_only_shows_a_run_ends_none(tmp_path, capsys):
         for entry in entries(5):
             log.add(entry)
     said = capsys.readouterr().err
-    assert said.count("could not show the run: gone") == 5 and "loss_plot.png cannot be" in said
+    assert said.count("could not show the run: gone for good\n") == 4
+    assert "could not show the run: TimeoutError" in said and "loss_plot.png cannot be" in said
+
+
+def test_a_log_file_is_not_filled_with_progress(capsys):
+    bar = progress_bar(total=9)
+    for _ in range(3):
+        time.sleep(0.15)
+        bar.update()
+    assert capsys.readouterr().err.count("\r") == 1

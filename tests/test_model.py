@@ -165,6 +165,11 @@ def test_half_precision_loss_is_close(dtype, device):
     loss.backward()
     assert abs(loss.item() / expected.item() - 1) < 0.01
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model.to(dtype)  # weights too: what the logits lose, the loss of them does not lose again
+    with torch.no_grad():
+        logits, loss = model(x[:, :-1])[0].double(), model(x[:, :-1], x[:, 1:])[1]
+    exact = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def recompute(model: GPT, x: torch.Tensor, number: int, choose) -> torch.Tensor:
@@ -197,21 +202,21 @@ def test_cached_generation_equals_the_plain_loop(sampling, device):
     assert len(cached[:, 5:].unique()) > 5
 
 
-@pytest.mark.parametrize("rows", [2, 8])  # on CPUs eight rows are worth packing for
+@pytest.mark.parametrize(("rows", "most", "kept"), [(2, 32, 16), (8, 32, 16), (2, 1, 1)])
 @torch.no_grad()
-def test_past_the_context_the_last_half_is_read_again(rows, device):
-    model, x = small_gpt(device), ids(rows, 3, device)
+def test_past_the_context_the_last_half_is_read_again(rows, most, kept, device):
+    model, x = small_gpt(device, context_length=most), ids(rows, min(3, most), device)
     told = model.generate(x, 100, temperature=0)
     expected, window = x, x
     for _ in range(100):
-        if window.size(1) > 32:
-            window = window[:, -16:]
+        if window.size(1) > most:
+            window = window[:, -kept:]
         token = model(window)[0][:, -1].argmax(-1, keepdim=True)
         expected, window = (torch.cat([t, token], dim=1) for t in (expected, window))
     assert torch.equal(told, expected)
-    long = ids(2, 50, device)  # of a prompt over the context, the last 32 tokens are read
+    long = ids(2, 50, device)  # of a prompt over the context, the last tokens are read
     assert torch.equal(
-        model.generate(long, 1, 0.0)[:, -1], model(long[:, -32:])[0][:, -1].argmax(-1)
+        model.generate(long, 1, 0.0)[:, -1], model(long[:, -most:])[0][:, -1].argmax(-1)
     )
 
 
@@ -246,6 +251,7 @@ def test_samples_follow_the_distribution():
         # of three .665 .245 .090, so that two reach 0.7 and one reaches 0.65: of all it would not
         ({"top_k": 3, "top_p": 0.7}, torch.cat([logits[0, :2].softmax(0), torch.zeros(3)])),
         ({"top_k": 3, "top_p": 0.65}, torch.tensor([1.0, 0, 0, 0, 0])),
+        ({"top_k": 100, "top_p": 0.5}, torch.tensor([1.0, 0, 0, 0, 0])),
     ):
         assert (frequencies(**sampling) - expected).abs().max() < 0.012, sampling
 
@@ -283,11 +289,12 @@ def test_generation_leaves_training_mode_as_it_was():
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
+        ({"idx": torch.zeros(1, 0, dtype=torch.int64)}, "the prompt has no tokens"),
     ],
 )
 def test_sampling_mistakes_are_named(arguments, says):
     with pytest.raises(InputError, match=says):
-        small_gpt().generate(ids(1, 4), **({"max_new_tokens": 3} | arguments))
+        small_gpt().generate(**({"idx": ids(1, 4), "max_new_tokens": 3} | arguments))
 
 
 def test_too_long_an_input_is_named():
@@ -338,9 +345,12 @@ def test_broken_weights_are_named():
         model.generate(ids(1, 4), 3)
 
 
-def test_memory_does_not_depend_on_how_much_may_come():
-    stream = small_gpt().stream(ids(1, 4), 10**15, temperature=0)
+def test_memory_depends_neither_on_how_much_may_come_nor_on_how_much_came():
+    model, kept = small_gpt(), []
+    model.lm_head.register_forward_hook(lambda *hooked: kept.append(hooked[2].requires_grad))
+    stream = model.stream(ids(1, 4), 10**15, temperature=0)
     assert len([next(stream) for _ in range(100)]) == 100
+    assert not any(kept)  # a graph would keep all that came before
 
 
 def test_future_tokens_do_not_matter():

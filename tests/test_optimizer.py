@@ -130,6 +130,15 @@ def test_float16_does_what_float32_does_and_a_skipped_step_leaves_no_trace(name)
     resumed.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf])  # 0: gradients that got lost
+def test_a_gradient_that_teaches_nothing_ends_the_run(norm, tmp_path):
+    model = GPT(SHAPE)
+    state = TrainState(model, Optimizer(model, recipe(), CPU, torch.float32))
+    state.check({"train_loss": 3.0, "grad_norm": 1e-6}, tmp_path, recipe())
+    with pytest.raises(InputError, match=f"a gradient norm of {norm}"):
+        state.check({"train_loss": 3.0, "grad_norm": norm}, tmp_path, recipe())
+
+
 def test_a_scale_that_has_collapsed_ends_the_run(tmp_path):
     model = GPT(SHAPE)
     optimizer = Optimizer(model, recipe(), CPU, torch.float16)

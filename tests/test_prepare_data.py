@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,7 @@ from prepare_data import (
     encode_text,
     find_duplicates,
     hold_out,
+    kept_stories,
     start_workers,
 )
 from storygpt.token_files import SplitWriter
@@ -74,14 +77,16 @@ def prepared(monkeypatch, capsys):
     """prepared(dataset, folder, **flags) is what prepare_data.py prints, without the seconds that
     its worker processes take to start: threads encode. Raises as it does."""
 
-    @contextmanager
-    def threads(num_proc: int, vocab_size: int):
-        with ThreadPoolExecutor(num_proc) as pool:
-            yield pool
-
     def run(dataset, folder, **flags) -> str:
-        monkeypatch.setattr(prepare_data, "start_workers", threads)
         flags = {"dataset": str(dataset), "data_dir": folder, "num_proc": 2} | flags
+
+        @contextmanager
+        def threads(num_proc: int, vocab_size: int):
+            assert num_proc == flags["num_proc"]
+            with ThreadPoolExecutor(num_proc) as pool:
+                yield pool
+
+        monkeypatch.setattr(prepare_data, "start_workers", threads)
         capsys.readouterr()
         prepare_data.prepare(prepare_data.Arguments(**flags))
         return capsys.readouterr().out
@@ -93,14 +98,15 @@ def prepared(monkeypatch, capsys):
 def test_every_file_type_holds_out_a_share_and_loses_nothing(kind, prepared, tmp_path):
     stories = [s for s in STORIES if kind != "txt" or "<|endoftext|>" not in s]
     path = write(tmp_path, kind, stories)
-    prepared(path, tmp_path / "out", validation_fraction=0.1, seed=len(kind))
-    train, validation = read(tmp_path / "out", "train"), read(tmp_path / "out", "validation")
+    out = tmp_path / "new" / "out"
+    prepared(path, out, validation_fraction=0.1, seed=len(kind))
+    train, validation = read(out, "train"), read(out, "validation")
     held_out = stories_of(validation)
     drawn = np.flatnonzero(hold_out(len(stories), 0.1, len(kind), ""))
     assert len(held_out) == 30 and held_out == [stories[i] for i in drawn]
     assert validation == naive(held_out)
     assert train == naive([s for s in stories if s not in held_out])
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    meta = json.loads((out / "meta.json").read_text())
     assert meta["splits"]["train"]["tokens"] == len(train)
     assert meta["splits"]["train"]["stories"] == len(stories) - 30
     assert meta["splits"]["validation"]["bytes"] == sum(len(s.encode()) for s in held_out)
@@ -118,6 +124,12 @@ def test_empty_stories_are_never_the_ones_held_out(stories, seed, prepared, tmp_
         len(validation) == 1 and sorted(train + validation) == ["A.", "B.", "C."][: len(train) + 1]
     )
     assert f"{len(stories) - len(train) - 1} empty stories skipped" in said
+
+
+def test_no_more_stories_are_read_than_are_taken_and_empty_ones_do_not_count():
+    stories, skipped = iter(["", "A.", None, "\ufeffB.", "C.", " "]), Counter()
+    assert [*kept_stories(stories, 2, skipped)] == ["A.", "B."] and skipped["empty"] == 2
+    assert [*stories] == ["C.", " "]
 
 
 @pytest.mark.parametrize(("number", "fraction", "held_out"), [
@@ -178,6 +190,7 @@ def test_the_default_data_set_comes_from_the_hub(script, fails, tmp_path):
                 "data/train-00000-of-00002.parquet": parquet(STORIES[:100]),
                 "data/train-00001-of-00002.parquet": parquet(STORIES[100:200]),
                 "data/validation-00000-of-00001.parquet": parquet(STORIES[200:]),
+                "data/test-00000-of-00001.parquet": parquet(["Not read."]),
             },
         )
         environment = hub.environment(tmp_path / "hf")
@@ -185,6 +198,7 @@ def test_the_default_data_set_comes_from_the_hub(script, fails, tmp_path):
         result = script("prepare_data.py", "--data_dir", tmp_path / "out", **environment)
         assert result.code == 0, result.output
         assert hub.faults[0].times == 0  # cut in the middle, and downloaded to its end
+        assert "not read: test, as there is validation: test" in result.output
         assert read(tmp_path / "out", "train") == naive(STORIES[:200])
         assert read(tmp_path / "out", "validation") == naive(STORIES[200:])
         meta = json.loads((tmp_path / "out" / "meta.json").read_text())
@@ -302,6 +316,10 @@ def test_duplicates_are_counted_and_dropped_where_asked(prepared, tmp_path):
         assert meta["splits"]["train"]["stories"] == len(left)
         assert meta["splits"]["train"]["bytes"] == sum(map(len, left))
         assert "2 train stories repeat another, 2 validation stories are in train" in said
+        assert ("dropped from train" in said) == deduplicate
+        ids = [token for split in meta["splits"] for token in read(tmp_path / "out", split)]
+        size = sum(map(len, [*left, *validation])) / len(ids)
+        assert f"{size:.2f} bytes a token, {len({*ids})} distinct ids" in said
     (tmp_path / "train.jsonl").write_text('{"text": "D."}\n')
     with pytest.raises(InputError, match="leave out --deduplicate"):
         prepared(tmp_path, tmp_path / "out", deduplicate=True)
@@ -339,6 +357,7 @@ def test_output_does_not_depend_on_the_number_of_processes(monkeypatch):
         parts = [*encode_in_parallel(batched(STORIES), pool, 512, num_proc=3)]
     assert len(parts) == 30
     assert np.concatenate([part.ids for part in parts]).tolist() == naive(STORIES, 512)
+    assert [len(batch) for batch in batched(["x" * 2**18] * 10)] == [4, 4, 2]  # by characters
 
 
 def test_stories_are_read_only_a_little_ahead_of_those_written():
@@ -485,7 +504,7 @@ def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
     with pytest.raises(InputError, match=r"cannot be written .* pass another --data_dir"):
         prepared("builtin", out / "meta.json", max_stories=50)
     for flags, says in (
-        (["--dataset", "no such name"], "neither a file, a folder nor"),
+        (["--dataset", "~/no/such/folder"], "neither a file, a folder nor"),
         ([], "--dataset builtin"),
     ):
         fails("prepare_data.py", *flags, "--num_proc", 1, "--data_dir", out, says=says, **closed)
@@ -506,6 +525,10 @@ def test_interrupted_run_leaves_the_old_files(number, script, fails, tmp_path):
         flags = ["--dataset", "builtin", "--num_proc", 1, "--data_dir", tmp_path]
         fails("prepare_data.py", *flags, says="another process is writing to")
         assert process.is_alive()
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if number == signal.SIGINT and workers.exists():  # a terminal sends it to all of them
+        for worker in map(int, workers.read_text().split()):
+            os.kill(worker, number)
     os.kill(process.pid, number)
     process.join(30)
     if number == signal.SIGKILL:  # what it left is swept up by the next run

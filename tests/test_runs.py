@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from threading import Event
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, python
@@ -20,9 +22,18 @@ from conftest import ROOT, TINY, python
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import checkpoint as checkpoint_module
-from storygpt.checkpoint import BEST, LATEST, load_checkpoint, save_checkpoint, write_atomically
+from storygpt import cli
+from storygpt.checkpoint import (
+    BEST,
+    FINAL,
+    LATEST,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from storygpt.metrics import start_tracker
 from storygpt.run_folder import RunFolder
+from storygpt.tokenizer import load_tokenizer
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -32,7 +43,7 @@ def metrics_of(folder) -> list[dict]:
 
 
 def losses_of(folder) -> list[float]:
-    return [line["train_loss"] for line in metrics_of(folder)]
+    return [line.get("train_loss") for line in metrics_of(folder)]
 
 
 @pytest.fixture
@@ -88,7 +99,11 @@ def test_a_byte_order_mark_loses_no_metrics(script, copy_of_run, data_dir):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1}'])
+# The last is of a step that may come, but not here.
+LINES = ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1, "train_loss": 3.0}']
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_spoiled_line_is_named_and_the_file_untouched(line, fails, copy_of_run, data_dir):
     path = copy_of_run / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -112,6 +127,13 @@ def test_metrics_without_checkpoints_count_as_a_run(fails, flags, copy_of_run):
     fails("train.py", *flags, says="already holds a run (metrics.jsonl)")
     fails("train.py", *flags, "--resume", says="from which alone a run can be resumed")
     assert {path: path.read_bytes() for path in copy_of_run.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [BEST, FINAL, "StoryGPT_step_000005.pt"])
+def test_weights_alone_are_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(InputError, match=f"already holds a run .{name}."):
+        RunFolder(tmp_path).check_unused()
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_named_with_what_mends_it(fails, flags, copy_of_run):
@@ -193,8 +215,18 @@ def test_a_save_that_failed_is_told_at_the_next_and_at_the_end(then, saving, tmp
     assert not (tmp_path / LATEST).exists()
 
 
+def test_weights_that_are_not_finite_are_not_saved(saving, tmp_path):
+    saving.checkpoint["model_state_dict"]["ln_f.bias"][3] = float("nan")
+    with pytest.raises(InputError, match="weights that are not finite"):
+        saving.folder.save([LATEST], saving.checkpoint, {})
+    saving.go()
+    saving.folder.wait()
+    assert not (tmp_path / LATEST).exists()
+
+
 def test_only_our_own_leftovers_go(script, flags, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()  # of one killed before it saved anything
     mine = [tmp_path / "run" / name for name in (".notes.tmp", ".StoryGPT_ideas.txt.tmp")]
     ours = tmp_path / "run" / ".StoryGPT_latest.pt.abcd_123.tmp"
     for path in (*mine, ours):
@@ -207,8 +239,8 @@ def test_only_our_own_leftovers_go(script, flags, tmp_path):
 
 
 def test_what_is_not_finite_is_never_saved(fails, flags, tmp_path):
-    for steps in ("1", "12"):
-        these = [*flags, "--max_steps", steps, "--warmup_steps", "0", "--eval_interval", "1"]
+    for steps, interval in (("1", "1"), ("12", "1"), ("12", "20")):
+        these = [*flags, "--max_steps", steps, "--warmup_steps", "0", "--eval_interval", interval]
         these += ["--learning_rate", "1e30", "--grad_clip", "0"]
         fails("train.py", *these, says="no step was saved")
         assert not (tmp_path / "run" / "StoryGPT_best.pt").exists()
@@ -230,8 +262,21 @@ def test_a_run_that_made_no_step_stops_no_other(fails, script, flags, tmp_path):
     result = python("-c", code)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "--batch_size 10000 --gradient_accumulation_steps 6" in result.stderr
-    result = script("train.py", *flags)  # the corrected command
-    assert result.code == 0, result.output
+    result = script("train.py", *flags, "--resume")  # the corrected command
+    assert result.code == 0 and "starting a new run" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("size", "less"),
+    [(15, "--batch_size 5 --gradient_accumulation_steps 9"),
+     (2, "--batch_size 1 --gradient_accumulation_steps 6"),
+     (1, "pass a smaller --context_length")],
+)  # fmt: skip
+def test_the_same_run_in_less_memory_is_named_for_any_batch(size, less):
+    with pytest.raises(MemoryError) as error:
+        np.empty(2**55)
+    recipe = TrainingConfig(batch_size=size, gradient_accumulation_steps=3)
+    assert less in str(cli.with_advice(error.value, recipe))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +287,7 @@ def test_a_run_that_made_no_step_stops_no_other(fails, script, flags, tmp_path):
         (["--batch_size", "99999999999999999999"], "is over 2147483647"),
         (["--seed", str(2**64)], f"is over {2**63 - 1}"),
         (["--max_hours", "nan"], "max_hours must be above 0"),
+        (["--max_hours", "0"], "max_hours must be above 0"),
         (["--save_minutes", "inf"], "save_minutes must be a number of at least 0"),
         (["--keep_interval", "-1"], "keep_interval must be a whole number of at least 0"),
     ],
@@ -280,6 +326,29 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
     assert "Traceback" not in done.stderr and "No space left" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise io.UnsupportedOperation('not seekable')", 1, "error: not seekable: while"),
+        ("raise RuntimeError('Connection closed by peer')", 1, "error: lost another process"),
+        ("raise MemoryError", 1, "error: there is not enough memory"),
+        ("[print('x' * 9999) for _ in range(99)]", 1, ""),  # its reader leaves after a line
+        ("sys.stdin.read()", 0, ""),
+    ],
+)
+def test_a_script_ends_without_a_traceback(body, code, says):
+    program = f"import io, sys\nfrom storygpt import cli\ndef main():\n    {body}\ncli.run(main)"
+    # -E: with PYTHONUNBUFFERED nothing would be left to write as it ends
+    pipe = '"$0" -E -c "$1" <&- | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}'
+    command = ["bash", "-c", pipe]
+    done = subprocess.run(
+        [*command, sys.executable, program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says), done.stderr
+
+
 def test_closed_output_ends_no_run(flags, tmp_path):
     command = shlex.join([sys.executable, "train.py", *map(str, flags)])
     assert subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=ROOT).returncode == 0
@@ -300,6 +369,8 @@ def test_a_disk_that_syncs_no_folders_and_sets_no_modes_gets_its_file(tmp_path, 
 
     monkeypatch.setattr(checkpoint_module.os, "fsync", of_files_only)
     monkeypatch.setattr(checkpoint_module.os, "chmod", refused)
+    # Beside its target: a rename does not lead from one disk to another.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     write_atomically(tmp_path / "a", lambda file: file.write(b"whole"))
     assert (tmp_path / "a").read_bytes() == b"whole"
 
@@ -344,7 +415,7 @@ def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_p
 
 
 def test_printed_commands_work_when_pasted(script, data_dir, tmp_path):
-    folder = tmp_path / "a run; with 'quotes'"
+    folder = tmp_path / "new" / "a run; with 'quotes'"
     flags = [*TINY, "--max_steps", "60", "--data_dir", data_dir, "--checkpoint_dir", folder]
     process = script.start("train.py", *flags)
     while not (folder / "metrics.jsonl").exists() or not metrics_of(folder):
@@ -386,6 +457,13 @@ def test_ctrl_c_while_libraries_load_is_quiet(name, library, tmp_path):
     assert process.returncode == 130 and "Traceback" not in output, output
 
 
+def test_an_ignored_ctrl_c_stays_ignored():
+    """A shell has what it puts into the background ignore it: it is meant for another program."""
+    body = "from storygpt import cli; import os; cli.run(lambda: os.kill(os.getpid(), 2))"
+    command = ["bash", "-c", 'trap "" INT; "$0" -c "$1"', sys.executable, body]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 # --- What people do every day ---
 
 
@@ -404,13 +482,17 @@ def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(
         process.join(60)
         said = process.output.read_text()
         assert ("starting a new run" in said) == stop and ("resuming after step" in said) != stop
+        assert "this run was in" not in said
     assert losses_of(tmp_path / "run") == losses_of(run_dir)
 
 
 def test_max_hours_says_that_there_is_more(script, flags, tmp_path):
-    for step in (1, 2):  # a step is made however little time there is, so that a chain of jobs ends
-        result = script("train.py", *flags, "--resume", "--max_hours", "1e-9")
-        assert result.code == 75 and "continue with: python train.py --resume" in result.output
+    flags += ["--max_steps", "3", "--warmup_steps", "1", "--resume", "--max_hours", "1e-9"]
+    for step in (1, 2, 3):  # one is made however little time there is: a chain of jobs ends
+        result = script("train.py", *flags)
+        assert result.code == (75 if step < 3 else 0), result.output
+        assert ("continue with: python train.py --resume" in result.output) == (step < 3)
+        assert ("done: best val_loss" in result.output) == (step == 3)
         assert metrics_of(tmp_path / "run")[-1]["step"] == step
         assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == step
 
@@ -425,7 +507,9 @@ def test_weights_are_kept_and_stories_told_over_training(script, flags, tmp_path
         checkpoint = load_checkpoint(tmp_path / "run" / name)
         assert name == f"StoryGPT_step_{checkpoint['step']:06}.pt"
         assert checkpoint["val_loss"] == losses[checkpoint["step"]]
-    assert [bool(line.get("sample")) for line in metrics_of(tmp_path / "run")].count(True) == 2
+    samples = [line["sample"] for line in metrics_of(tmp_path / "run") if line.get("sample")]
+    assert len(samples) == 2
+    assert all(len(load_tokenizer(512).encode_ordinary(sample)) <= 65 for sample in samples)
     assert re.search(r"tokens/s with saves and evaluations, [\d.]+ GB", result.output)
 
 
@@ -449,10 +533,14 @@ def test_a_tracker_that_is_not_there_or_fails(fails, flags, tmp_path, monkeypatc
     (tmp_path / "wandb.py").write_text(  # one that breaks in mid-run
         "class Run:\n"
         "    def log(self, entry, step): raise ConnectionError('gone')\n"
-        "def init(**settings): return Run()\n"
+        "def init(name, **settings):\n"
+        "    if 'offline' in name: raise ConnectionError('no network')\n"
+        "    return Run()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match="--tracker wandb cannot start: no network"):
+        start_tracker("wandb", {}, "id", tmp_path / "offline")
     track = start_tracker("wandb", {}, "id", tmp_path)
     track({"step": 1})
     track({"step": 2})
@@ -463,16 +551,19 @@ def test_a_tracker_that_is_not_there_or_fails(fails, flags, tmp_path, monkeypatc
 
 
 def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, tmp_path):
-    flags = [*TINY, "--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt"]
+    flags = [*TINY, "--data_dir", data_dir, "--init_from", "StoryGPT_best.pt"]
     flags += ["--learning_rate", "0.001", "--min_lr", "0.0001"]
-    result = script("train.py", *flags, "--checkpoint_dir", tmp_path / "whole")
+    result = script("train.py", *flags, "--checkpoint_dir", tmp_path / "whole", cwd=run_dir)
     assert result.code == 0, result.output
     start = metrics_of(tmp_path / "whole")[0]
     known = load_checkpoint(run_dir / "StoryGPT_best.pt")
     assert start["step"] == 0 and start["val_loss"] == pytest.approx(known["val_loss"], rel=1e-6)
     assert start["init_from"]["checkpoint"] == str(run_dir / "StoryGPT_best.pt")
+    assert (tmp_path / "whole" / "loss_plot.png").exists()
 
-    process = script.start("train.py", *flags, "--checkpoint_dir", tmp_path / "stopped")
+    process = script.start(
+        "train.py", *flags, "--checkpoint_dir", tmp_path / "stopped", cwd=run_dir
+    )
     path = tmp_path / "stopped" / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert process.is_alive(), process.output.read_text()
@@ -480,8 +571,9 @@ def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, 
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     flags += ["--resume", "--checkpoint_dir", tmp_path / "stopped"]  # the same command, requeued
-    result = script("train.py", *flags)
+    result = script("train.py", *flags, cwd=run_dir)
     assert result.code == 0, result.output
+    assert losses_of(tmp_path / "stopped")[1:] == losses_of(tmp_path / "whole")[1:]
     ours, theirs = (
         load_checkpoint(tmp_path / name / "StoryGPT_final.pt") for name in ("stopped", "whole")
     )
@@ -502,8 +594,19 @@ def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, 
     ):
         fails("train.py", *flags, *changes, says=says)
     flags += ["--context_length", "32", "--dropout", "0", "--max_steps", "2", "--warmup_steps", "0"]
-    result = script("train.py", *flags)
+    flags += ["--grad_clip", "0", "--learning_rate"]
+    fails("train.py", *flags, "1e30", says="a gradient norm of")  # and leaves a step 0 behind
+    result = script("train.py", *flags, "1")  # too high as well: nothing is better than the start
     assert result.code == 0, result.output
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2]
+    assert load_checkpoint(tmp_path / "run" / "StoryGPT_best.pt")["step"] == 0
     made = load_checkpoint(tmp_path / "run" / "StoryGPT_final.pt")
     assert made["gpt_config"].context_length == 32 and made["gpt_config"].n_layer == 2
     assert made["model_state_dict"]["wpe.weight"].shape == (32, 32)
+    # Resumed, it keeps its own shape; it began with these weights, whatever they are called now.
+    flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+    shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path / "moved.pt")
+    result = script("train.py", *flags, "--init_from", tmp_path / "moved.pt")
+    assert result.code == 0, result.output
+    other = tmp_path / "run" / "StoryGPT_final.pt"
+    fails("train.py", *flags, "--init_from", other, says=f"init_from was {run_dir}")

@@ -82,7 +82,7 @@ WAYS = {
     "stories.parquet": parquet(LONG, n=1),
     "STORIES.JSONL": jsonl(LONG),
     "stories.txt.gz": gzip.compress(txt(LONG).encode()),
-    "stories.csv.bz2": bz2.compress(csv(LONG).encode()),
+    "stories.tsv.bz2": bz2.compress(csv(LONG, "\t").encode()),
     "stories.json.xz": lzma.compress(jsonl(LONG).encode()),
     "stories.jsonl.zst": pa.compress(jsonl(LONG).encode(), "zstd", asbytes=True),
     "Stories.Txt.GZ": gzip.compress(txt(LONG).encode()),
@@ -113,6 +113,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     put(
         tmp_path, dict.fromkeys([*notes, "package.json", ".hidden.jsonl", ".git/x.txt"], "You may.")
     )
+    put(tmp_path, {"data/b.parquet.gz": gzip.compress(parquet(LONG))})
     put(tmp_path, {"data/a.jsonl": jsonl(LONG), "b.zip": b"PK", "old.txt": "A."})
     put(tmp_path, {"data/a.jsonl.gz": gzip.compress(jsonl(LONG).encode())})
     (tmp_path / "c.jsonl").symlink_to("data/a.jsonl")
@@ -122,7 +123,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     assert left_out(tmp_path) == {
         "hidden": [".git", ".hidden.jsonl"],
         "notes by their name": sorted([*notes, "package.json"]),
-        "of another kind": ["b.zip", "pipe.jsonl"],
+        "of another kind": ["b.zip", "pipe.jsonl", "data/b.parquet.gz"],
         ".txt beside structured files": ["old.txt"],
         "another name of what is read": ["data/a.jsonl", "data/up"],
         "compressed copies": ["data/a.jsonl.gz"],
@@ -132,7 +133,12 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
 def test_structured_files_of_all_kinds_are_read_together(tmp_path):
     put(
         tmp_path,
-        {"a.jsonl": jsonl(LONG[:4]), "b.csv": csv(LONG[4:8]), "c.parquet": parquet(LONG[8:])},
+        # the first only begins like the name of a note
+        {
+            "authors_a.jsonl": jsonl(LONG[:4]),
+            "b.csv": csv(LONG[4:8]),
+            "c.parquet": parquet(LONG[8:]),
+        },
     )
     assert read(tmp_path) == {"train": LONG}
 
@@ -156,6 +162,8 @@ def test_paths_are_read_as_they_are(name, tmp_path, monkeypatch):
 
 def test_folders_without_stories_are_named(tmp_path):
     refused(put(tmp_path / "a", {"b.md": "hm"}), "holds no stories (of another kind: b.md)")
+    put(tmp_path / "a", dict.fromkeys(["c.md", "d.md", "e.md", "f.md", "g.md"], "hm"))
+    refused(tmp_path / "a", "b.md, c.md, d.md, e.md and 2 more)")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "it is empty")
     refused(put(tmp_path / "c", {"val.jsonl": jsonl(LONG)}), "validation alone")
@@ -190,7 +198,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("TinyStoriesV2-GPT4-train", "train"),
         ("train_sft", "train"),
         ("test-00000-of-00001", "test"),
-        ("train-00000-of-00001-0123456789abcdef", "train"),
+        ("stories-test-00000-of-00001-0123456789abcdef", "test"),
         ("00001_val", "validation"),
         ("dev.3", "validation"),
         ("VALIDATION", "validation"),
@@ -247,7 +255,8 @@ def test_folders_that_datasets_saved(tmp_path):
     assert read(tmp_path / "one") == {"train": LONG}
     train.select([3, 1]).save_to_disk(tmp_path / "some")
     assert read(tmp_path / "some") == {"train": [LONG[3], LONG[1]]}
-    splits = datasets.DatasetDict({"train": train, "val": rest, "test": rest})
+    parts = {"train": train.select(range(5)), "train_more": train.select(range(5, 12))}
+    splits = datasets.DatasetDict(parts | {"val": rest, "test": rest})
     splits.save_to_disk(tmp_path / "all")
     assert read(tmp_path / "all") == {"train": LONG, "validation": ["V."]}
     assert "test/data-00000-of-00001.arrow" in left_out(tmp_path / "all").popitem()[1]
@@ -270,7 +279,8 @@ configs:
   - split: test
     path: [held_out/train.jsonl]
 - config_name: fr
-  data_files: fr/**
+  data_dir: fr
+  data_files: "**"
 - config_name: de
   data_dir: de
 ---
@@ -291,8 +301,8 @@ def test_a_readme_that_declares_its_splits_is_followed(tmp_path):
     refused(tmp_path, "has the subsets en, fr, de", subset="it")
     put(tmp_path, {"README.md": README.replace("name: en\n", "name: en\n  default: true\n")})
     assert read(tmp_path)["train"] == LONG[:6]
-    put(tmp_path, {"README.md": README.replace("fr/**", "fr/*.txt")})
-    refused(tmp_path, "declares fr/*.txt: there is no such file", subset="fr")
+    put(tmp_path, {"README.md": README.replace("**", "*.txt")})
+    refused(tmp_path, "declares *.txt: there is no such file", subset="fr")
     put(tmp_path, {"README.md": README.replace("[held_out/train.jsonl]", "en/*")})
     refused(tmp_path, "val.jsonl twice", subset="en")
     put(tmp_path, {"README.md": "---\nconfigs: 3\n---\n"})
@@ -325,7 +335,9 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
     put(tmp_path / "jsonl", {"c.jsonl": jsonl(LONG[8:11], n=[{"text": 3}]) + '{"text": "B", "n": '})
     with open(tmp_path / "jsonl" / "c.jsonl", "a") as file:
         file.write("9" * 5000 + ', "m": NaN}\n')  # more digits than Python takes for a number
-    assert read(tmp_path / "jsonl") == {"train": [*LONG[:11], "B"]}
+    put(tmp_path / "jsonl", {"d.json": '[{"text": "C", "n": [{"text": "D"}]}, {"text": "E"}]'})
+    put(tmp_path / "jsonl", {"e.json": '{"text": "F", "n": [{"text": "G"}]}'})
+    assert read(tmp_path / "jsonl") == {"train": [*LONG[:11], "B", "C", "E", "F"]}
     put(
         tmp_path / "csv",
         {"a.csv": "text\nA.\n", "b.csv": "n,text\n1,B.\n", "c.csv": "text,n\nC.\n"},
@@ -362,7 +374,7 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
         ("a.csv", "text,text\nA,B\n", "two columns 'text'"),
         ("a.txt", b"caf\xe9\n", "is not UTF-8"),
         ("a.txt", "Tom.".encode("utf-16-le"), "without a byte-order mark"),
-        ("a.parquet", parquet([None, 3]), "row 2: column 'text' holds int64, not text"),
+        ("a.parquet", parquet([None] * 250 + [3]), "row 251: column 'text' holds int64, not text"),
         ("a.parquet", parquet([b"A"]), "row 1: column 'text' holds binary, not text"),
         ("a.parquet", b"PAR1 but no more", "cannot read"),
     ],
@@ -413,11 +425,10 @@ def test_half_surrogate_pairs_are_no_reason_to_refuse(tmp_path):
 
 
 def test_end_of_text_separates_wherever_it_stands(tmp_path):
-    whole = (
-        "<|endoftext|>\nA.<|endoftext|>B.\r\nb.\n\n<|endoftext|>\n  <|endoftext|>C <|endo text.\n"
-    )
+    whole = "<|endoftext|>\nA.<|endoftext|>B.\r\nb.\n\n<|endoftext|>\n  <|endoftext|>\n"
+    whole += " C <|endo text. \n"
     put(tmp_path, {"a.txt": whole, "b.txt": "", "c.txt": "\n\n"})
-    assert read(tmp_path) == {"train": ["", "A.", "B.\nb.", "  ", "C <|endo text."]}
+    assert read(tmp_path) == {"train": ["", "A.", "B.\nb.", "  ", " C <|endo text. "]}
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 50])
@@ -463,5 +474,5 @@ def test_a_text_column_may_be_a_nested_field(tmp_path):
 def test_jsonl_with_blank_lines_and_odd_line_ends(tmp_path):
     stories = ["A\u2028b\x85c", "tab\tand\rreturn"]
     put(tmp_path, {"a.jsonl": "\n\ufeff" + jsonl(stories).replace("\n", "\r\n\r\n")})
-    put(tmp_path, {"b.jsonl": '{"text": "raw\ttab"}\n \n{"text": "A\u2028b"}'})
-    assert read(tmp_path) == {"train": [*stories, "raw\ttab", "A\u2028b"]}
+    put(tmp_path, {"b.jsonl": '{"text": "raw\ttab\rreturn"}\n \n{"text": "A\u2028b"}'})
+    assert read(tmp_path) == {"train": [*stories, "raw\ttab\rreturn", "A\u2028b"]}

@@ -143,9 +143,10 @@ def test_a_dry_run_builds_both_folders_and_overwrites_neither(space, script, fai
 
 def test_what_is_no_model_is_a_sentence(app, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "model.py").touch()
     for flags, says in (
         ([], "README.md names no model"),
-        (["--model", tmp_path], "has no model.py, config.py"),
+        (["--model", tmp_path], "has no config.py, checkpoints"),
         (["--model", "no such thing"], "is no folder here"),
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags)])
@@ -172,6 +173,18 @@ def test_a_port_in_use_and_a_damaged_model_are_sentences(
         weights.write_bytes(data)
         with pytest.raises(SystemExit, match="is damaged"):
             app.main()
+
+
+def test_it_answers_on_this_machine_alone(space):
+    with pytest.raises(OSError):  # loopback too, but not where it listens
+        socket.create_connection(("127.0.0.2", space.port), timeout=5)
+
+
+def test_a_folder_is_shown_by_its_name_alone(app, space, script, tmp_path):
+    flags = (*space.flags, "--dry_run", "--output_dir", tmp_path / "published")
+    assert script("upload_to_hf.py", *flags).code == 0
+    teller = app.load(str(tmp_path / "published"))
+    assert teller.name == "published" and not teller.model.training
 
 
 # --- What it tells ---
@@ -214,6 +227,9 @@ def test_odd_input_is_answered_and_the_server_lives(space):
     ):
         expected = tell(space.model, prompt, [1337], 60)[0][0]
         assert stories(ask(client, prompt)) == [expected], prompt
+    long = client.submit("Once", 1337, 4, 1000, 0.8, 100, 1, api_name="/tell")
+    assert stories(ask(client, "Once", *SETTINGS[:2], 1, *SETTINGS[3:])) and not long.done()
+    long.cancel()  # it had not to end before another visitor's story
     html = ask(client, "The dog ran. " * 7700)
     assert "tokens: only its last 64 were read" in html and len(stories(html)[0]) > 60
     for settings, says in (
@@ -228,9 +244,14 @@ def test_odd_input_is_answered_and_the_server_lives(space):
     assert stories(ask(client, "Once"))
 
 
-def test_every_setting_is_that_of_generate(app, space):
+@pytest.fixture
+def teller(app, space):
     tokenizer = Tokenizer.from_str(tokenizer_files(512, 64)["tokenizer.json"])
-    answers = app.Answers(app.Storyteller("tiny", space.model, tokenizer))
+    return app.Storyteller("tiny", space.model, tokenizer)
+
+
+def test_every_setting_is_that_of_generate(app, space, teller):
+    answers = app.Answers(teller)
     settings = (25, 1.3, 9, 0.7)  # length, temperature, top-k, top-p
     *_, (html, told) = answers.tell("One day", "7", 3, *settings)
     expected = tell(space.model, "One day", [7, 8, 9], *settings)
@@ -239,6 +260,8 @@ def test_every_setting_is_that_of_generate(app, space):
         changed = (*settings[:i], other, *settings[i + 1 :])
         assert tell(space.model, "One day", [7, 8, 9], *changed) != expected
     assert answers.next_seed("7", 3) == "10" and answers.next_seed("x", 3) == "x"
+    *_, (html, _) = answers.tell("One day", "7", 1, 25, 1.3, 0, 1)  # all tokens
+    assert stories(html) == [tell(space.model, "One day", [7], 25, 1.3, None)[0][0]]
 
 
 # --- What it shows inside ---
@@ -284,6 +307,43 @@ def test_the_pictures_are_the_weights_of_the_models_own_attention(app, space):
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0]
         torch.testing.assert_close(weights @ v[0], y)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+
+
+def test_what_is_said_of_a_choice(app, teller):
+    """Likely or not: which was taken, its place and probability, and where the heads looked."""
+    answers, angle = app.Answers(teller), teller.encode("<")[0]
+    for place in (0, 3, 9, 10, 400):
+        ids = [5, angle, 7]
+        p, order = app.probabilities(teller, ids)[-1].sort(descending=True)
+        story = app.Story(7, 2, [*ids, order[place].item(), 9])
+        html = answers.detail(story, 3, "2")
+        rows = re.findall(r"<li( class=.told.)?><code>(.*?)</code>.*?<b>(.*?)</b>", html)
+        taken = [i for i, row in enumerate(rows) if row[0]]
+        assert taken == [min(place, 10)] and len(rows) == (11 if place > 9 else 10)
+        assert rows[taken[0]][1] == app.spelled(teller, story.ids[3])
+        number = f"no. {place + 1}: " * (place > 9)
+        assert rows[taken[0]][2] == number + app.percent(p[place].item())
+    assert "the heads of layer 2 looked" in html and "<p>Nothing" in answers.detail(story, 0, "1")
+    assert app.spelled(teller, angle) == "&lt;"
+    for head, weights in enumerate(app.attention_weights(teller, ids, 1), 1):
+        most = [f"{100 * w:.0f}&nbsp;%" for w in weights[-1].sort(descending=True).values.tolist()]
+        (caption,) = re.findall(f"Head {head}: (.*?)</figcaption>", html)
+        assert re.findall(r"\d+&nbsp;%", caption) == most
+    kinds = re.findall(r'class="(first|given|told)"', app.show_tokens(teller, story, 2))
+    assert kinds == ["first", "given", "told", "told", "told"]
+
+
+def test_the_story_that_is_asked_for_is_opened_and_an_open_one_stays(app, teller):
+    answers = app.Answers(teller)
+    *_, (_, told) = answers.tell("One day", "7", 3, 5, 0.8, 100, 1)
+    _, looked, *_ = answers.look_at(told, "1", SimpleNamespace(index=1))
+    assert looked == (told[1], told[1].given)
+    assert "__type__" in answers.look_at_latest(told, looked, "1")  # nothing changes
+    *_, (_, others) = answers.tell("Once", "7", 1, 5, 0.8, 100, 1)
+    assert answers.look_at_latest(others, looked, "1")[1] == (others[0], others[0].given)
+    told[0].state, told[1].state, told[2].state = "telling", "the end", "length reached"
+    answers.stop(told)
+    assert [story.state for story in told] == ["stopped", "the end", "length reached"]
 
 
 # --- In the browser ---
@@ -354,8 +414,18 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
     visitor.type("Length", "1000")
     visitor.type("Temperature", "0")
     visitor.click("#start")
-    lengths = set()
-    until(lambda: lengths.add(len(visitor.text("article p"))) or len(lengths) > 6)
+    until(lambda: "Seed 1337 " in visitor.text("article"))
+    visitor.click("#another")
+    until(lambda: "Seed 1338 " in visitor.text("article"))
+    lengths, seeds = set(), set()
+    until(
+        lambda: (
+            lengths.add(len(visitor.text("article p")))
+            or seeds.update(re.findall(r"Seed \d+", visitor.text("article")))
+            or len(lengths) > 6
+        )
+    )
+    assert seeds == {"Seed 1338"}  # the one before is told no further
     visitor.click("#stop")
     until(lambda: visitor.all("article.stopped"))
     stopped = visitor.text("article p")
@@ -378,6 +448,9 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
         until(partial(shows_the_ten_likeliest, visitor, space.model, story, index))
     assert "before temperature, top-k and top-p" in visitor.text(".choice")
     assert len(visitor.all(".heads figure")) == space.model.config.n_head
+    assert "layer 2 looked" in visitor.text(".choice")
+    visitor.click("input[type=radio][value='1']")
+    until(lambda: "layer 1 looked" in visitor.text(".choice"))
 
 
 def shows_the_ten_likeliest(visitor, model: GPT, story: str, index: int) -> bool:
@@ -443,6 +516,8 @@ def test_a_phones_width_and_the_keyboard(space, browser, dark):
     )
     assert visitor.run(f"document.activeElement === document.querySelector('{chosen}')")
     assert len(visitor.all(chosen)) == 1
+    visitor.all(chosen)[0].send_keys("\ue010")  # End
+    until(lambda: visitor.all(".tokens [role=option]")[-1].get_attribute("aria-selected") == "true")
     for selector in (".tokens .told", ".tokens .given", ".bars b", ".note"):
         assert contrast(visitor, selector) >= 4.5, selector
 

@@ -15,6 +15,9 @@ import torch
 from conftest import ROOT
 from matplotlib import image
 
+from config import GPTConfig
+from model import GPT
+
 TOUR = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
 SCRIPT = "experiments.tour.py"  # as the fork server finds it
 PICTURES = [f"tour_{name}.png" for name in ("tokens", "attention", "surprise", "training")]
@@ -94,6 +97,7 @@ def test_values_that_do_not_depend_on_the_model_are_the_readers(printed):
 
 
 def test_the_loss_and_the_hero_are_the_models_own(printed, demo):
+    from experiments.tour import all_heads
     from storygpt.checkpoint import load_model
     from storygpt.tokenizer import load_tokenizer
 
@@ -103,7 +107,26 @@ def test_the_loss_and_the_hero_are_the_models_own(printed, demo):
     ids = [4095, *tokenizer.encode(story), 4095]
     loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1].item()
     assert f"mean of -ln p over {len(ids) - 1} tokens: {loss:.3f} nats" in printed
-    assert re.search(r"before the last Frank: at ␣Then head [12] of layer [12] takes", printed)
+
+    name = tokenizer.encode(" Frank")
+    places = [i for i in range(len(ids)) if ids[i : i + len(name)] == name]
+    last = places[-1]  # in the model's own ids, which an end-of-text leads
+    logits = model(torch.tensor([ids[:last]]))[0][0, -1]
+    logit, token = logits.max(-1)
+    likeliest = tokenizer.decode([token.item()]).replace(" ", "␣")
+    p = logits.softmax(-1).max()
+    assert f"{likeliest:>9} logit {logit:6.2f}  p {p:7.2%}" in printed
+    before = [i - 1 + j for i in places[:-1] for j in range(len(name))]
+    shares = {
+        share: (head, layer)
+        for layer, heads in enumerate(all_heads(model, ids[1:last]), 1)
+        for head, share in enumerate(heads[:, -1, before].sum(-1).tolist(), 1)
+    }
+    head, layer = shares[max(shares)]
+    where = f"at ␣Then head {head} of layer {layer} takes {max(shares):.0%} from where"
+    assert f"before the last Frank: {where}" in printed
+    like = re.findall(r"^ *(\S+) is like (\S+)", printed, re.M)
+    assert len(like) == 10 and all(own != nearest for own, nearest in like)
 
 
 def test_pictures_are_drawn(printed, demo):
@@ -116,6 +139,44 @@ def test_a_small_context_and_any_row_will_do(script, run_dir, data_dir, tmp_path
     result = script(SCRIPT, *flags, "--row", 7, "--output_dir", tmp_path / "new")
     assert result.code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(PICTURES)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    norms = [entry["grad_norm"] for entry in map(json.loads, lines) if entry["step"]]
+    over = sum(norm > 1 for norm in norms)
+    assert f"{over} of 20 steps had a norm over 1: clipped" in result.output and over != 10
+
+
+@torch.no_grad()
+def test_the_weights_shown_are_those_of_the_models_own_attention():
+    from experiments.tour import all_heads
+
+    torch.manual_seed(0)
+    model, ids = GPT(GPTConfig(64, 16, 2, 2, 16)).eval(), [3, 1, 4, 1, 5, 9, 2, 6]
+    for parameter in model.parameters():  # sharp, so that what they read matters
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    heads, inputs = all_heads(model, ids), []
+    for block in model.h:
+        block.attn.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    model(torch.tensor([ids]))
+    for weights, block, x in zip(heads, model.h, inputs, strict=True):
+        q, k, v = block.attn.heads(x)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0]
+        torch.testing.assert_close(weights @ v[0], y)
+
+
+def test_a_hero_is_a_whole_word_and_the_last_story_may_be_cut_by_a_row():
+    from experiments.tour import find_story
+    from storygpt.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(512)
+    texts = ["Then Tom ran.", "Once a boy, Tom, sat. Tomorrow Tom will run.", "It was a day."]
+    ids = [[*tokenizer.encode_ordinary(text), 511] for text in texts]
+    tokens = np.array([token for story in ids for token in story], "<u2")
+    story = find_story(tokens, tokens[3:9], tokenizer, 64)
+    assert (story.start, story.ids, story.hero) == (len(ids[0]), ids[1][:-1], "Tom")
+    assert ["".join(story.pieces[i] for i in place).strip(" ,") for place in story.named] == [
+        "Tom"
+    ] * 2
+    assert find_story(tokens, tokens[-4:], tokenizer, 64) is None  # no story begins there
 
 
 def test_what_is_wrong_is_one_sentence(fails, run_dir, data_dir, tmp_path):
@@ -124,7 +185,13 @@ def test_what_is_wrong_is_one_sentence(fails, run_dir, data_dir, tmp_path):
     run = ("--checkpoint", run_dir / "StoryGPT_best.pt")
     fails(SCRIPT, *run, *flags, "--row", 8, says="row 8 is over 7")
     moved = shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path)
-    fails(SCRIPT, "--checkpoint", moved, *flags, says="metrics.jsonl")
+    fails(
+        SCRIPT,
+        "--checkpoint",
+        moved,
+        *flags,
+        says="metrics.jsonl: pass the --checkpoint of a run's",
+    )
 
 
 # --- The notebook ---

@@ -1,9 +1,15 @@
 import json
 import math
+import os
+import re
+import resource
 import shutil
 import signal
 import sys
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +19,29 @@ from conftest import TINY
 from PIL import Image
 
 import train
-from config import GPTConfig
+from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import cli
-from storygpt.checkpoint import load_checkpoint, load_model
-from storygpt.device import describe, peak_flops, pick_dtype
+from storygpt.checkpoint import FINAL, LATEST, load_checkpoint, load_model
+from storygpt.device import (
+    check_fits,
+    compile_model,
+    describe,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+)
 from storygpt.distributed import Processes
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
-from storygpt.token_files import load_meta, load_tokens, training_batch, validation_starts
+from storygpt.token_files import (
+    Batches,
+    load_meta,
+    load_tokens,
+    training_batch,
+    validation_starts,
+)
 
 
 def metrics_of(folder) -> list[dict]:
@@ -34,6 +54,8 @@ def test_a_run_leaves_what_it_promises(run_dir, data_dir):
     assert [line["step"] for line in metrics] == list(range(1, 21))
     assert [line["step"] for line in metrics if "val_loss" in line] == [10, 20]
     assert metrics[-1]["tokens"] == 20 * 4 * 2 * 64
+    tokens = (data_dir / "train.bin").stat().st_size // 2
+    assert metrics[-1]["epoch"] == pytest.approx(20 * 4 * 2 * 64 / tokens, abs=1e-4)
     assert all(line["grad_norm"] > 0 and line["tokens_per_second"] > 0 for line in metrics)
     assert metrics[-1]["val_loss"] < metrics[9]["val_loss"] < math.log(512)
     best, final, latest = (
@@ -101,10 +123,12 @@ def test_reported_losses_are_those_of_a_plain_float64_loop(script, data_dir, tmp
 def test_evaluation_leaves_training_as_it_was(data_dir):
     model = GPT(GPTConfig(vocab_size=512, context_length=64, n_layer=1, n_head=1, n_embd=16))
     tokens = load_tokens(data_dir, "validation", load_meta(data_dir, 512), 64)
-    model.train()
     where = (torch.device("cpu"), torch.float32, Processes())
-    losses = {estimate_loss(model, tokens, 64, 4, 2, *where) for _ in range(3)}
-    assert len(losses) == 1 and model.training  # the same windows, without dropout
+    losses = set()
+    for training in (True, False, True):
+        losses.add(estimate_loss(model.train(training), tokens, 64, 4, 2, *where))
+        assert model.training == training
+    assert len(losses) == 1  # the same windows, without dropout
 
 
 def test_a_ragged_last_batch_counts_by_its_windows():
@@ -151,14 +175,69 @@ def test_every_micro_batch_of_every_step_draws_its_own_dropout(set_up):
     assert len(set(drawn)) == 3 * 2
 
 
-def test_dtype_is_that_of_the_products_and_not_of_the_weights(set_up):
-    setting, state = set_up("--dtype", "bfloat16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_that_of_the_products_and_not_of_the_weights(dtype, set_up):
+    setting, state = set_up("--dtype", str(dtype).removeprefix("torch."))
     seen = []
     state.model.h[0].mlp.c_fc.register_forward_hook(lambda *hooked: seen.append(hooked[2].dtype))
     train.train_step(setting, state, state.model, 0)
     train.validate(setting, state.model, 1)
-    assert seen == [torch.bfloat16] * 3
+    assert seen == [dtype] * 3
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+
+
+def test_story_windows_begin_where_stories_do(set_up):
+    share = {}
+    for wanted in ("0", "0.5", "1"):
+        batches = set_up("--story_windows", wanted)[0].batches
+        first = np.concatenate([batches(step, range(8))[0][:, 0] for step in range(1, 41)])
+        share[wanted] = (first == 511).mean()  # half of them on the end-of-text before the story
+    assert share["0"] < 0.05 and abs(share["0.5"] - 0.25) < 0.1 and abs(share["1"] - 0.5) < 0.1
+
+
+@pytest.mark.parametrize(("name", "steps"), [(LATEST, 0), (FINAL, 2)])
+def test_a_checkpoint_that_cannot_be_written_is_told_at_once(name, steps, set_up, tmp_path):
+    """Before the first step, and still at the end of a run that saves in the background."""
+    setting, state = set_up("--max_steps", "2", "--warmup_steps", "0")
+    (tmp_path / "run" / name).mkdir(parents=True)  # in the way
+    with pytest.raises(InputError, match=f"{name} cannot be written"):
+        train.train(setting, state)
+    assert state.step == steps
+
+
+def test_a_run_that_breaks_names_the_checkpoint_that_is_left(set_up, tmp_path):
+    setting, state = set_up()
+
+    def broken(*_) -> None:
+        if state.step == 3:
+            state.model.ln_f.weight.data.fill_(math.inf)
+
+    state.model.register_forward_pre_hook(broken)
+    left = f"the last good checkpoint is {tmp_path / 'run' / LATEST}"
+    with pytest.raises(InputError, match=left):
+        train.train(setting, state)
+    setting, state = set_up("--resume")
+    with pytest.raises(InputError, match=left):  # none is saved yet since it goes on
+        state.check({"train_loss": math.nan}, tmp_path / "run", setting.arguments.training)
+
+
+def test_a_resumed_run_goes_on_in_its_tracker(set_up, monkeypatch, capsys):
+    """A stand-in for wandb, which is not installed here; the second of four sittings has none."""
+    begun, steps = [], []
+
+    def init(**settings):
+        assert (Path(settings["dir"]) / ".lock").exists()  # nothing is sent of a run in use
+        begun.append((settings["id"], settings["name"], settings["config"]["n_embd"]))
+        return SimpleNamespace(log=lambda entry, step: steps.append(step))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for tracker, status in (("wandb", 75), ("none", 75), ("wandb", 75), ("wandb", 0)):
+        flags = ["--resume", "--max_steps", "4", "--warmup_steps", "0", "--tracker", tracker]
+        assert train.train(*set_up(*flags, "--max_hours", "1e-9")) == status
+        command = re.search("continue with: (.*)", capsys.readouterr().out)
+        assert ("--tracker wandb" in command[1]) == (tracker == "wandb") if status else not command
+    assert steps == [1, 3, 4] and len(begun) == 3
+    assert len(set(begun)) == 1 and all(begun[0])
 
 
 def test_a_compiled_run_saves_the_plain_names(set_up, monkeypatch, tmp_path):
@@ -182,23 +261,25 @@ def test_a_compiled_run_saves_the_plain_names(set_up, monkeypatch, tmp_path):
 def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path):
     """On a stand-in for the clock, by which every step takes ten minutes."""
     setting, state = set_up("--max_hours", "1", "--save_minutes", "25", "--eval_interval", "500")
-    start, batches, lost = cli.STARTED, setting.batches, []
+    start, batches, lost, saved = cli.STARTED, setting.batches, [], set()
 
-    class Batches:
+    class SlowBatches:
         tokens, tokens_per_step = batches.tokens, batches.tokens_per_step
         steps_per_epoch, minutes = batches.steps_per_epoch, 0
 
         def __call__(self, step, positions):
             lost.append(self.minutes - 10 * state.saved_step)  # by a power cut now
+            saved.add(10 * state.saved_step)
             self.minutes += 5  # of two micro-batches a step
             return batches(step, positions)
 
-    slow = Batches()
+    slow = SlowBatches()
     monkeypatch.setattr(train.time, "monotonic", lambda: start + 60 * slow.minutes)
     status = train.train(replace(setting, batches=slow), state)
     assert status == 75 and 40 <= slow.minutes <= 60
     assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == state.step
     assert 25 <= max(lost) <= 25 + 2 * 10
+    assert all(later - earlier >= 25 for earlier, later in pairwise(sorted(saved)))
 
 
 def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, data_dir, tmp_path):
@@ -259,6 +340,13 @@ def test_mistyped_flags_are_named(flags, script):
     assert flags[0] in result.output
 
 
+def test_help_explains_every_number(script):
+    result = script("train.py", "--help")
+    assert result.code == 0
+    for name in (*vars(GPTConfig()), *vars(TrainingConfig()), "preset", "resume", "data_dir"):
+        assert f"--{name}" in result.output, name
+
+
 def test_real_stories_are_learned(script, tinystories, tmp_path):
     data = tmp_path / "data"
     flags = ("--dataset", tinystories, "--vocab_size", 1024, "--data_dir", data)
@@ -309,3 +397,69 @@ def test_a_gpu_is_found_by_its_whole_name(name, known, monkeypatch):
     """A stand-in for the driver, which alone knows the name."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == known
+
+
+def test_what_a_run_will_be_is_said_as_it_begins(set_up, capsys):
+    setting, state = set_up()
+    few = Batches(setting.batches.tokens[:5_000], 511, 1337, 8, 64, 0.0)
+    train.open_folder(replace(setting, batches=few), state)
+    said = re.search("5,000 train tokens, 512 a step, (.*) epochs", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(20 * 512 / 5_000, abs=0.1)
+
+
+def test_each_of_several_gpus_has_its_share_of_the_work(set_up, monkeypatch):
+    """A stand-in for the driver, and for the process beside this one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    setting, state = set_up()
+    gpus = {"processes": SimpleNamespace(world_size=2), "device": torch.device("cuda")}
+    _, log = train.open_folder(replace(setting, **gpus, dtype=torch.float16), state)
+    with log:
+        entry = {"step": 1, "tokens": 512, "train_loss": 6.0, "epoch": 0.0}
+        log.add(entry | {"tokens_per_second": 1e8})
+    share = state.model.flops_per_token() * 1e8 / 2 / 65e12  # a T4 has 65 TFLOP/s
+    assert share > 0.1 and f"MFU={share:.1%}" in log.bar.postfix
+
+
+def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
+    """A stand-in for a machine with one GPU, which has no bfloat16 but in software."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
+    for name in (
+        "cuda.set_device",
+        "backends.cuda.enable_cudnn_sdp",
+        "set_float32_matmul_precision",
+    ):
+        monkeypatch.setattr(f"torch.{name}", lambda setting: None)
+    assert pick_device() == torch.device("cuda")
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    with pytest.raises(InputError, match="there is no device cuda:1 here: pass --device cuda"):
+        pick_device("cuda:1")
+
+
+def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypatch, capsys):
+    def broken(model):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, cpu, cuda = torch.nn.Linear(2, 2), torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(InputError, match=r"does not work here .*: pass --compile False"):
+        compile_model(model, True, cpu)
+    assert compile_model(model, False, cuda) is compile_model(model, None, cpu) is model
+    assert not capsys.readouterr().out
+    assert compile_model(model, None, cuda) is model
+    assert "training goes on without it" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs /proc")
+def test_memory_is_counted_in_bytes():
+    number = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    with pytest.raises(InputError) as error:
+        check_fits(GPTConfig(n_layer=1000, n_embd=2**16), 1, torch.device("cpu"))
+    said = re.search(r"cpu has ([\d,]+): pass a smaller --n_layer", str(error.value))[1]
+    assert int(said.replace(",", "")) == pytest.approx(1024 * number / 1e9, rel=0.05, abs=1)
+    large = np.ones(30_000_000)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    del large  # the peak remains
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 0.95 * pages * resource.getpagesize() < peak_memory(torch.device("cpu")) < 1.05 * most

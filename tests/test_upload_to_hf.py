@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_server import TOKEN, Fault, Hub
 from huggingface_hub import constants
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 import upload_to_hf
@@ -188,7 +191,7 @@ def check_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> None:
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(vocab_size)
-    assert theirs.is_fast and len(theirs) == vocab_size
+    assert theirs.is_fast and len(theirs) == vocab_size and theirs.model_max_length == 64
     assert theirs.eos_token_id == theirs.bos_token_id == vocab_size - 1
     for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
         assert ids == ours.encode_ordinary(text), text
@@ -240,6 +243,7 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
         assert (data.license, data.language, data.pipeline_tag) == (None, "en", "text-generation")
         assert data.datasets == ["roneneldan/TinyStories"]
         assert {r.dataset_revision for r in data.eval_results} == {"0a1b2c"}
+        assert {r.dataset_config for r in data.eval_results} == {"default"}
         assert {r.metric_type: r.metric_value for r in data.eval_results} == {
             "loss": 3.5,
             "perplexity": round(math.exp(3.5), 3),
@@ -257,6 +261,10 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
             assert hub_page or (folder / link).is_file(), link
         assert [seed for seed, _ in stories_on(card.text)] == [1337, 1338, 1339]
         assert "| learning_rate | 0.0003 |" in card.text
+        said = " ".join(card.text.split())
+        windows = TrainingConfig().eval_iters * TrainingConfig().batch_size
+        assert f"at most {windows:,} windows of 64 tokens of the validation split" in said
+        assert "from scratch with" in said and "not published here" not in said
         for name in (str(tmp_path.parent), str(run.checkpoint.parent)):
             assert name.encode() not in b"".join(files_of(folder).values())
 
@@ -269,9 +277,11 @@ def test_the_card_has_how_its_stories_read(script, small_run, tmp_path):
     row = f"| {ROWS['ends'].label}, % | 50.0 (25.0–75.0)"
     for number, written in enumerate((report | {"columns": columns}, report)):
         evaluation.write_text(json.dumps(written))
-        flags = ("--dry_run", "--gguf", "none", "--output_dir", tmp_path / str(number))
+        flags = ("--dry_run", "--gguf", "f32", "--output_dir", tmp_path / str(number))
         result = script("upload_to_hf.py", *small_run.flags, *flags)
         assert result.code == 0, result.output
+        weights = gguf.GGUFReader(tmp_path / str(number) / "StoryGPT.gguf").tensors
+        assert {str(tensor.data.dtype) for tensor in weights} == {"float32"}
         card = (tmp_path / str(number) / "README.md").read_text()
         there = "columns" in written  # else no stories were told
         assert (row in card) == ("8 stories told at temperature 0.8" in card) == there
@@ -285,16 +295,19 @@ def test_the_card_has_how_its_stories_read(script, small_run, tmp_path):
     assert read_report(evaluation, 1000, report["data"]) == {}
 
 
-def test_the_card_names_a_licence_and_a_gguf_only_where_there_is_one(script, small_run, tmp_path):
+def test_the_card_names_a_licence_and_a_gguf_only_where_there_is_one(script, folders, tmp_path):
+    """Of what was published before, in a folder with its plot."""
     from huggingface_hub import ModelCard
 
-    flags = (*small_run.flags, "--dry_run", "--output_dir", tmp_path / "out")
+    (run, folder), out = folders[1], tmp_path / "new" / "out"
+    flags = (*run.flags, "--checkpoint", folder, "--dry_run", "--output_dir", out)
     result = script("upload_to_hf.py", *flags, "--license", "cc-by-4.0", "--gguf", "none")
     assert result.code == 0, result.output
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+    card = ModelCard.load(out / "README.md")
     assert card.data.license == "cc-by-4.0"
     assert "gguf" not in card.text.lower() and "ollama" not in card.text
-    assert not (tmp_path / "out" / "StoryGPT.gguf").exists()
+    assert not (out / "StoryGPT.gguf").exists()
+    assert "(loss_plot.png)" in card.text and (out / "loss_plot.png").read_bytes() == PLOT
 
 
 def test_only_a_hub_data_set_is_named(script, small_run, tmp_path):
@@ -309,10 +322,31 @@ def test_only_a_hub_data_set_is_named(script, small_run, tmp_path):
     assert result.code == 0 and "no bits per byte" in result.output, result.output
     card = (tmp_path / "out" / "README.md").read_text()
     assert "datasets:" not in card and "bits_per_byte" not in card and "perplexity" in card
+    assert "a collection of stories that is not published here" in card
 
 
 def test_a_story_cannot_be_markup():
-    assert quote("a*b [c](d)\n\n<e> `f`") == "> a\\*b \\[c\\](d)\n>\n> \\<e\\> \\`f\\`"
+    """What a reader of GitHub's Markdown makes of the quotation is one, of the story's own text."""
+    for told in (
+        "a*b* [c](d) ![e](f)\n<e> `f` _a_ __b__ ~~c~~ **d** \\* \\",
+        "- Hello.\n- Hi.",
+        "1. One.\n2) Two, 3.5 and 4.",
+        "Tom ran.\n---\nMia sat.\n===",
+        "+ x\n# y\n> z\n## a #",
+        "a | b\n--|--\n1 | 2",
+        '&lt;b&gt; &amp; &#35; "quoted" (it\'s)',
+        "end\\\nnext ```\nx\n```\n~~~",
+    ):
+        (_, _, inline, *rest) = blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(
+            quote(told)
+        )
+        assert [block.type for block in (*blocks[:2], *rest)] == [
+            "blockquote_open", "paragraph_open", "paragraph_close", "blockquote_close"
+        ], told  # fmt: skip
+        assert {part.type for part in inline.children} <= {"text", "softbreak"}, told
+        text = "".join(part.content or "\n" for part in inline.children)
+        assert text == told
+    assert quote("  A.\n\n\t    B.") == "> A.\n>\n> B."  # no code
 
 
 # --- Publishing ---
@@ -336,11 +370,14 @@ def test_one_commit_is_the_folder_and_the_same_again_is_none(script, folders, hu
     assert changed.code == 0 and len(repo.commits) == 3, changed.output
     changes = {name for name in repo.commits[2] if repo.commits[2][name] != repo.commits[1][name]}
     assert changes == {"README.md"}
-    flags = ("--checkpoint", run.checkpoint, "--num_samples", 3, "--seed", 7, "--device", "cpu")
-    told = story(script("generate.py", *flags).output).split("\n" + "-" * 40 + "\n")
-    lines = [(7 + i, "\n".join(text.splitlines()).strip()) for i, text in enumerate(told)]
-    assert stories_on(repo.commits[2]["README.md"].decode()) == lines
     assert sum("PUT " in request for request in hub.requests) == 4  # large files went up once
+    card = repo.commits[2]["README.md"].decode()
+    (command,) = re.findall("^python generate.py (--checkpoint you/StoryGPT .*)$", card, re.M)
+    flags = (*shlex.split(command), "--num_samples", 3, "--device", "cpu")
+    quiet = environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    told = story(script("generate.py", *flags, **quiet).output).split("\n" + "-" * 40 + "\n")
+    lines = [(7 + i, "\n".join(map(str.strip, t.splitlines())).strip()) for i, t in enumerate(told)]
+    assert stories_on(card) == lines and "\ntorch.manual_seed(7)\n" in card
     assert TOKEN not in result.output + again.output + changed.output
     kept = [*repo.commits[2].values(), *files_of(tmp_path).values()]
     assert TOKEN.encode() not in b"".join(kept)
@@ -449,6 +486,7 @@ def test_tokens(script, fails, folders, hub, tmp_path):
     assert result.code == 0 and TOKEN not in result.output, result.output
     repo, page = hub.repos["models/you/StoryGPT"], hub.repos["spaces/you/StoryGPT-space"]
     assert repo.private and page.private and len(repo.commits) == 2
+    assert f"published: {hub.url}/spaces/you/StoryGPT-space" in result.output
     assert "the Space needs a secret HF_TOKEN" in result.output
     saved = hub.environment(tmp_path / "saved", token="")
     (tmp_path / "saved").mkdir()
