@@ -590,5 +590,7 @@ def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, 
     shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path / "moved.pt")
     result = script("train.py", *flags, "--init_from", tmp_path / "moved.pt")
     assert result.code == 0, result.output
+    begun = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["init_from"]
+    assert begun["checkpoint"] == str(run_dir / "StoryGPT_best.pt")
     other = tmp_path / "run" / "StoryGPT_final.pt"
     fails("train.py", *flags, "--init_from", other, says=f"init_from was {run_dir}")
