@@ -326,8 +326,7 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
 )
 def test_a_script_ends_without_a_traceback(body, code, says):
     program = f"import io, sys\nfrom storygpt import cli\ndef main():\n    {body}\ncli.run(main)"
-    # -E: with PYTHONUNBUFFERED nothing would be left to write as it ends
-    pipe = '"$0" -E -c "$1" <&- | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}'
+    pipe = '"$0" -c "$1" <&- | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}'
     command = ["bash", "-c", pipe]
     done = subprocess.run(
         [*command, sys.executable, program], cwd=ROOT, capture_output=True, text=True
