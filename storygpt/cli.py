@@ -152,7 +152,7 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         fail(str(error))
     except BrokenPipeError:  # the reader of our output (`| head`) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(1)
     except OSError as error:
         place = error.filename or "while reading or writing"
@@ -168,13 +168,22 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
+def drop_output() -> None:
+    """What is left in stdout's buffer goes nowhere: Python would try again, and complain, as it
+    ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def fail(message: str) -> None:
     """Ends the script with one sentence and status 1.
 
     Of a node's processes under torchrun one speaks for all, as all say the same.
     """
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
+    with contextlib.suppress(ValueError):  # closed
+        try:
+            sys.stdout.flush()
+        except OSError:  # full
+            drop_output()
     local_rank = os.environ.get("LOCAL_RANK", "0")
     muted = "RANK" in os.environ and local_rank.isdigit() and int(local_rank) > 0
     sys.exit(1 if muted else f"error: {message}")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 # A shell starts what it puts into the background with Ctrl-C ignored, which scripts would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("PYTHONUNBUFFERED", None)  # users have none, and output fails elsewhere without
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-identical runs, and no contest for the cores
 
 import torch  # noqa: E402

@@ -157,6 +157,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             with pytest.raises(InputError, match=r"a\.pt cannot be written .* is kept"):
                 save_checkpoint(path, new_checkpoint(step=2))
+            with pytest.raises(InputError, match=r"a\.pt cannot be written"):
+                save_checkpoint(path, new_checkpoint(step=2, large=torch.zeros(100_000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -136,6 +136,23 @@ def test_what_is_cut_short_and_what_is_counted(capsys):
     assert "6 tokens in" in err  # an end-of-text is one, and nothing after it
 
 
+def test_every_token_is_shown_before_the_next_is_asked_for(monkeypatch):
+    (token,) = load_tokenizer(512).encode_ordinary("a")
+    screen, shown = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
+
+    def stream(*_, **__):
+        for _ in range(3):
+            shown.append(screen.buffer.getvalue())
+            yield torch.tensor([[token]])
+
+    model = SimpleNamespace(
+        config=GPTConfig(vocab_size=512), wte=torch.nn.Embedding(1, 1), stream=stream
+    )
+    monkeypatch.setattr(sys, "stdout", screen)
+    generate.tell_aloud(model, generate.Arguments(prompt="Tom"))
+    assert shown == [b"Tom", b"Toma", b"Tomaa"]
+
+
 def test_empty_prompt_and_greedy(script, run_dir):
     flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--prompt", "", "--temperature", 0)
     results = [told(script("generate.py", *flags, "--seed", seed)) for seed in (1, 2)]

@@ -191,6 +191,15 @@ def test_packed_model_equals_the_plain_one(dtype, tolerance, bias):
         assert torch.equal(packed.generate(x, 60, 0.0), plain.generate(x, 60, 0.0))
 
 
+@torch.no_grad()
+def test_float16_is_left_as_it_is():
+    """Few CPUs can pack it, and the others raise."""
+    model, x = small_gpt().half().eval(), torch.randint(301, (2, 5))
+    expected = model(x)[0]
+    pack_linears(model)
+    assert torch.equal(model(x)[0], expected)
+
+
 @pytest.mark.parametrize(
     "lacking", ["_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"]
 )

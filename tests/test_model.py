@@ -235,10 +235,11 @@ def test_samples_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
     number = 40_000
     generator = torch.Generator().manual_seed(0)
+    order = torch.tensor([2, 0, 4, 1, 3])  # ids are in no order of their own
 
     def frequencies(**sampling):
-        drawn = sample(logits.expand(number, -1), generator=generator, **sampling)
-        return torch.bincount(drawn[:, 0], minlength=5) / number
+        drawn = sample(logits[:, order].expand(number, -1), generator=generator, **sampling)
+        return torch.bincount(order[drawn[:, 0]], minlength=5) / number
 
     for sampling, expected in (
         ({}, logits[0].softmax(0)),
@@ -373,3 +374,5 @@ def test_flops_are_those_of_the_matrix_products():
     counted = counter.get_total_flops() / x.numel()
     # Biases and norms are counted as weights, attention's backward is counted with recomputation.
     assert model.flops_per_token() == pytest.approx(counted, rel=0.1)
+    longer = GPT(GPTConfig(**vars(config) | {"context_length": 128}))  # costs more attention alone
+    assert longer.flops_per_token() - model.flops_per_token() == 12 * 2 * 64 * 64

@@ -64,6 +64,19 @@ def test_muon_orthogonalizes_the_blocks_matrices_and_leaves_the_rest_to_adamw():
             assert torch.allclose(update[moved], p.grad[moved].sign(), atol=1e-2), name
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_decay_also_where_nothing_is_learned(name):
+    model = GPT(SHAPE)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in build_optimizers(model, recipe(optimizer=name, weight_decay=0.5)):
+        optimizer.step()
+    for key, p in model.named_parameters():
+        kept = 1 - 0.01 * 0.5 if p.dim() == 2 else 1
+        assert torch.allclose(p, kept * before[key], rtol=1e-6, atol=0), key
+
+
 def test_schedule_is_the_references():
     config = TrainingConfig(max_steps=500, warmup_steps=100, learning_rate=3e-4, min_lr=3e-5)
     model = GPT(GPTConfig(vocab_size=300, context_length=8, n_layer=1, n_head=1, n_embd=8))

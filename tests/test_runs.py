@@ -339,8 +339,7 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
 )
 def test_a_script_ends_without_a_traceback(body, code, says):
     program = f"import io, sys\nfrom storygpt import cli\ndef main():\n    {body}\ncli.run(main)"
-    # -E: with PYTHONUNBUFFERED nothing would be left to write as it ends
-    pipe = '"$0" -E -c "$1" <&- | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}'
+    pipe = '"$0" -c "$1" <&- | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}'
     command = ["bash", "-c", pipe]
     done = subprocess.run(
         [*command, sys.executable, program], cwd=ROOT, capture_output=True, text=True
@@ -608,5 +607,7 @@ def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, 
     shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path / "moved.pt")
     result = script("train.py", *flags, "--init_from", tmp_path / "moved.pt")
     assert result.code == 0, result.output
+    begun = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["init_from"]
+    assert begun["checkpoint"] == str(run_dir / "StoryGPT_best.pt")
     other = tmp_path / "run" / "StoryGPT_final.pt"
     fails("train.py", *flags, "--init_from", other, says=f"init_from was {run_dir}")
