@@ -245,23 +245,23 @@ def test_odd_input_is_answered_and_the_server_lives(space):
 
 
 @pytest.fixture
-def teller(app, space):
+def teller(app, run_dir):
     tokenizer = Tokenizer.from_str(tokenizer_files(512, 64)["tokenizer.json"])
-    return app.Storyteller("tiny", space.model, tokenizer)
+    return app.Storyteller("tiny", load_model(run_dir / "StoryGPT_best.pt")[0], tokenizer)
 
 
-def test_every_setting_is_that_of_generate(app, space, teller):
-    answers = app.Answers(teller)
+def test_every_setting_is_that_of_generate(app, teller):
+    answers, model = app.Answers(teller), teller.model
     settings = (25, 1.3, 9, 0.7)  # length, temperature, top-k, top-p
     *_, (html, told) = answers.tell("One day", "7", 3, *settings)
-    expected = tell(space.model, "One day", [7, 8, 9], *settings)
+    expected = tell(model, "One day", [7, 8, 9], *settings)
     assert stories(html) == [text for text, _ in expected] and [s.seed for s in told] == [7, 8, 9]
     for i, other in enumerate((24, 0.8, 2, 0.1)):
         changed = (*settings[:i], other, *settings[i + 1 :])
-        assert tell(space.model, "One day", [7, 8, 9], *changed) != expected
+        assert tell(model, "One day", [7, 8, 9], *changed) != expected
     assert answers.next_seed("7", 3) == "10" and answers.next_seed("x", 3) == "x"
     *_, (html, _) = answers.tell("One day", "7", 1, 25, 1.3, 0, 1)  # all tokens
-    assert stories(html) == [tell(space.model, "One day", [7], 25, 1.3, None)[0][0]]
+    assert stories(html) == [tell(model, "One day", [7], 25, 1.3, None)[0][0]]
 
 
 # --- What it shows inside ---
