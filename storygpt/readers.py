@@ -245,9 +245,15 @@ def csv_rows(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
             header = next(rows, None)
             if header is None:  # an empty file
                 return
-            if header.count(column) != 1:
-                twice = f"{path} has two columns {column!r}: rename one"
-                raise InputError(twice) if column in header else no_column(path, column, header)
+            if column not in header:
+                if len(header) == 1 and (others := set(",;\t|").intersection(header[0])):
+                    raise InputError(
+                        f"{path} has {min(others)!r} between its fields: save it with "
+                        f"{delimiter!r} there, as {kind_of(path.name)} has it"
+                    )
+                raise no_column(path, column, header)
+            if header.count(column) > 1:
+                raise InputError(f"{path} has two columns {column!r}: rename one")
             place = header.index(column)
             for row in rows:
                 if len(row) > len(header) or (row and len(row) <= place):
