@@ -325,6 +325,7 @@ def test_what_is_said_of_a_choice(app, teller):
         assert rows[taken[0]][2] == number + app.percent(p[place].item())
     assert "the heads of layer 2 looked" in html and "<p>Nothing" in answers.detail(story, 0, "1")
     assert app.spelled(teller, angle) == "&lt;"
+    assert app.show_tokens(teller, story, 2).count(">&lt;</span>") == 1
     for head, weights in enumerate(app.attention_weights(teller, ids, 1), 1):
         most = [f"{100 * w:.0f}&nbsp;%" for w in weights[-1].sort(descending=True).values.tolist()]
         (caption,) = re.findall(f"Head {head}: (.*?)</figcaption>", html)
