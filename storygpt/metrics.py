@@ -28,8 +28,7 @@ def parse_metrics(text: bytes, path: Path) -> list[dict]:
     A power cut can leave half of the last line, which does not count. Raises InputError where
     another line is not one that training wrote.
     """
-    lines = text.removeprefix(b"\xef\xbb\xbf").splitlines()
-    metrics = []
+    lines, metrics = text.splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)

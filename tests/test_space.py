@@ -262,6 +262,13 @@ def test_every_setting_is_that_of_generate(app, teller):
     assert answers.next_seed("7", 3) == "10" and answers.next_seed("x", 3) == "x"
     *_, (html, _) = answers.tell("One day", "7", 1, 25, 1.3, 0, 1)  # all tokens
     assert stories(html) == [tell(model, "One day", [7], 25, 1.3, None)[0][0]]
+    *_, (_, told) = answers.tell("One day", "7", 4, 400, 1.3, 0, 1)
+    assert len({len(story.ids) for story in told}) > 1  # some end before others
+    for story in told:
+        assert story.ids.count(teller.end_of_text) == (story.state == "the end")
+    for length in (64, 65):
+        *_, (html, _) = answers.tell(" a" * length, "7", 1, 1, 1.3, 0, 1)
+        assert ("its last 64 were read" in html) == (length > 64)
 
 
 # --- What it shows inside ---
