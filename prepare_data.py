@@ -4,7 +4,7 @@ One pass encodes all stories into scratch files and keeps of each its length and
 stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
-from storygpt.cli import one_line, parse_flags, progress_bar, run
+from storygpt.cli import one_line, parse_flags, progress_bar, run, writing
 
 # isort: split
 
@@ -314,18 +314,6 @@ def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) 
 
 
 @contextmanager
-def writing(data_dir: Path) -> Iterator[None]:
-    """Says in one sentence that `data_dir` could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{data_dir} cannot be written ({error.strerror or error}): free some space or pass "
-            "another --data_dir"
-        ) from error
-
-
-@contextmanager
 def scratch_folder(data_dir: Path) -> Iterator[Path]:
     """A folder in `data_dir`, which goes in the end, as does what runs that were killed have left.
 
@@ -383,7 +371,8 @@ def prepare(arguments: Arguments) -> dict:
             arguments.max_stories,
             arguments.seed,
         )
-        stack.enter_context(writing(data_dir))
+        remedy = "free some space or pass another --data_dir"
+        stack.enter_context(writing(data_dir, remedy))
         scratch = stack.enter_context(scratch_folder(data_dir))
         total = arguments.max_stories or source.total
         seen = np.zeros(arguments.vocab_size, bool)

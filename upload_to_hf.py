@@ -3,7 +3,7 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run, writing
 
 # isort: split
 
@@ -243,17 +243,13 @@ def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
     """A temporary folder beside `output_dir`, which must be new or empty. Raises InputError."""
     if output_dir is None:
         return tempfile.TemporaryDirectory()
-    try:
+    with writing(output_dir, "pass another --output_dir"):
         if output_dir.is_mount():  # nothing can be renamed to it
             raise InputError(f"{output_dir} is a mount point: pass a folder in it")
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         if output_dir.exists() and any(output_dir.iterdir()):
             raise InputError(f"{output_dir} is not empty: pass a new --output_dir")
         return tempfile.TemporaryDirectory(prefix=".", dir=output_dir.parent)
-    except OSError as error:
-        raise InputError(
-            f"{output_dir} cannot be written ({error.strerror}): pass another --output_dir"
-        ) from error
 
 
 def main() -> None:

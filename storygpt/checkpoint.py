@@ -212,7 +212,7 @@ def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
     `load_model` does.
     """
     path = Path(path)
-    if not path.exists() and not is_on_the_hub(path):
+    if not (path.exists() or is_on_the_hub(path)):
         raise InputError(
             f"there is no {path} to start from: pass --init_from with a .pt file, a folder, or a "
             "Hub id, owner and name, as in openai-community/gpt2"

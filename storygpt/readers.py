@@ -217,7 +217,8 @@ def json_objects(stream: JSONStream, column: str) -> Iterator:
                 continue
             row[key], items = [], stream.items()
             first = next(items, None)
-            inside += [first] * isinstance(first, dict)
+            if isinstance(first, dict):
+                inside.append(first)
             if has_column(first, column):
                 lists.append(key)
                 if len(lists) > 1:

@@ -22,6 +22,7 @@ from storygpt.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from storygpt.cli import writing
 from storygpt.metrics import METRICS, PLOT, append_metrics, read_metrics
 from storygpt.optimizer import Optimizer
 
@@ -193,24 +194,22 @@ class RunFolder:
         """
         # Ends with its process, however that ends: a lock that is a file's existence would not.
         self.lock = FileLock(self.directory / ".lock", fallback_to_soft=False)
-        try:
+        with writing(self.directory, "pass another --checkpoint_dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(blocking=False)
-        except Timeout as error:
-            raise InputError(
-                f"another process is training in {self.directory}: wait for it, or pass another "
-                "--checkpoint_dir"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout as error:
                 raise InputError(
-                    f"{self.directory} cannot be written ({error.strerror}): pass another "
-                    "--checkpoint_dir"
+                    f"another process is training in {self.directory}: wait for it, or pass "
+                    "another --checkpoint_dir"
                 ) from error
-            print(
-                f"{self.directory} is on a disk without locks: nothing keeps a second run out",
-                file=sys.stderr,
-            )
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(
+                    f"{self.directory} is on a disk without locks: nothing keeps a second run out",
+                    file=sys.stderr,
+                )
         for path in self.directory.iterdir():  # of a process killed while it was saving
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
@@ -220,13 +219,9 @@ class RunFolder:
 
     def append(self, entry: dict) -> None:
         """Adds a line to metrics.jsonl. Raises InputError where it cannot be written."""
-        try:
-            append_metrics(self.directory / METRICS, entry)
-        except OSError as error:
-            raise InputError(
-                f"{self.directory / METRICS} cannot be written ({error.strerror}): free some "
-                "space, and go on with --resume"
-            ) from error
+        path = self.directory / METRICS
+        with writing(path, "free some space, and go on with --resume"):
+            append_metrics(path, entry)
 
     def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
         """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.
