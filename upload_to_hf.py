@@ -209,7 +209,8 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, beside
 def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict, meta: dict) -> None:
     """Fills the empty `folder` with all files of the model repo."""
     from storygpt.checkpoint import save_checkpoint
-    from storygpt.formats import write_folder, write_gguf
+    from storygpt.formats import write_folder
+    from storygpt.gguf import write_gguf
 
     for name in ("model.py", "config.py"):
         shutil.copyfile(ROOT / name, folder / name)

@@ -1,4 +1,4 @@
-"""The same weights as others keep them: transformers' GPT-2, its tokenizer's files, and GGUF.
+"""The same weights as others keep them: transformers' GPT-2 and its tokenizer's files.
 
 Any GPT-2 in transformers' layout is read, whoever trained it; what ours is written as says nothing
 that a plain GPT-2 would not, but for one entry `storygpt` in config.json.
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -240,13 +239,13 @@ def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
 
-    Its linear layers are (in, out), its biases always exist, and the tied head is not stored.
+    Its linear layers are (in, out), its biases always exist, and the tied head is not stored. The
+    names are those of GPT-2's own file, without `transformer.`, which not every program reads.
     """
     return {
-        f"transformer.{name}": (weight.T if ".c_" in name and weight.dim() == 2 else weight)
-        .contiguous()
+        name: (weight.T if ".c_" in name and weight.dim() == 2 else weight).contiguous()
         for name, weight in with_biases(state_dict).items()
-    }  # fmt: skip
+    }
 
 
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
@@ -295,8 +294,6 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **tokens,
-        # text that spells <|endoftext|> stays text, as in training
-        "split_special_tokens": True,
         "added_tokens_decoder": {str(vocab_size - 1): special},
     }
     return {
@@ -345,54 +342,12 @@ def to_json(content: dict) -> str:
 
 def write_folder(folder: Path, checkpoint: dict) -> None:
     """Writes a model for transformers into `folder`: weights, configuration and tokenizer."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = checkpoint["gpt_config"]
     tensors = to_transformers(checkpoint["model_state_dict"])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # not save_file, whose files nobody else may read
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     files = tokenizer_files(config.vocab_size, config.context_length)
     for name, text in (files | config_files(checkpoint)).items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def write_gguf(path: Path, checkpoint: dict, name: str, dtype: Literal["f16", "f32"]) -> None:
-    """Writes the model and its tokenizer as one file for llama.cpp and what is built on it.
-
-    Matrices are of `dtype`; positions, norms and biases stay float32, as llama.cpp wants them.
-    """
-    import gguf
-
-    config = checkpoint["gpt_config"]
-    vocab, merges = vocabulary(config.vocab_size)
-    end_of_text = config.vocab_size - 1
-    types = [gguf.TokenType.NORMAL] * end_of_text + [gguf.TokenType.CONTROL]
-    file_types = {"f16": gguf.LlamaFileType.MOSTLY_F16, "f32": gguf.LlamaFileType.ALL_F32}
-
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
-    writer.add_name(name)
-    writer.add_file_type(file_types[dtype])
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(vocab, key=vocab.get))
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(end_of_text)
-    writer.add_eos_token_id(end_of_text)
-    writer.add_add_bos_token(False)  # a prompt is told on as it stands, as generate.py does
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    for ours, weight in with_biases(checkpoint["model_state_dict"]).items():
-        is_matrix = weight.dim() == 2 and ours != "wpe.weight"
-        theirs = names.get_name(f"transformer.{ours}", try_suffixes=(".weight", ".bias"))
-        data = weight.half() if dtype == "f16" and is_matrix else weight
-        writer.add_tensor(theirs, data.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -2,6 +2,7 @@ import json
 import locale
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import BEST, load_checkpoint, load_model, load_start, save_checkpoint
-from storygpt.formats import tokenizer_files, write_folder, write_gguf
-from storygpt.tokenizer import load_tokenizer
+from storygpt.formats import tokenizer_files, write_folder
+from storygpt.gguf import CHAT_TEMPLATE, write_gguf
+from storygpt.tokenizer import load_tokenizer, story_text
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 50257}
 
@@ -485,6 +487,110 @@ def test_a_batch_tells_what_each_prompt_alone_tells(storyteller, python, tmp_pat
         assert theirs["auto batch"][i] == theirs["gpt2 batch"][i] == expected
 
 
+# --- Fine-tuned elsewhere ---
+
+
+def endings() -> list[str]:
+    """Twenty short stories, of which each stops somewhere else."""
+    tokenizer = load_tokenizer(4096)
+    stories = enumerate(sample_stories(20, seed=3))
+    return [tokenizer.decode(tokenizer.encode_ordinary(text)[: 20 + i]) for i, text in stories]
+
+
+def how_many_end(folder: Path) -> int:
+    """How many of `endings` a model tells to an end, from their first tokens."""
+    model, tokenizer = load_model(folder)[0], load_tokenizer(4096)
+    begun = [torch.tensor([tokenizer.encode_ordinary(text)[:8]]) for text in endings()]
+    return sum(tokenizer.eot_token in model.generate(ids, 40, 0)[0] for ids in begun)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """A published model that knows `endings` by heart, and has never seen an end."""
+    tokenizer = load_tokenizer(4096)
+    rows = torch.full((20, 48), -100)
+    for row, text in zip(rows, endings(), strict=True):
+        ids = tokenizer.encode_ordinary(text)
+        row[: len(ids)] = torch.tensor(ids)
+    shape = {"context_length": 64, "n_layer": 2, "n_head": 2, "n_embd": 48, "dropout": 0.0}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=4096, **shape, init_std=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = model(rows[:, :-1].clamp(min=0), rows[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("endless")
+    run = {"gpt_config": model.config, "model_state_dict": model.state_dict()}
+    write_folder(folder, run | {"training_config": TrainingConfig(), "step": 80, "val_loss": 1.0})
+    assert how_many_end(folder) == 0
+    return folder
+
+
+def check_labels(trainer, end_of_text: int) -> None:
+    """Every story is in a trainer's labels with its end, and what is padding in none of them."""
+    rows = [row for batch in trainer.get_train_dataloader() for row in batch["labels"].tolist()]
+    kept = sorted([token for token in row if token != -100] for row in rows)
+    tokenizer = load_tokenizer(end_of_text + 1)
+    assert kept == sorted([*tokenizer.encode_ordinary(text), end_of_text] for text in endings())
+    assert any(row[-1] == -100 for row in rows) and not any(row[0] == -100 for row in rows)
+
+
+def test_the_documented_fine_tune_by_hf_trainer_teaches_the_end(endless, tmp_path, monkeypatch):
+    docs = (Path(__file__).parent.parent / "docs" / "publishing.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```python\n([^`]*Trainer\([^`]*)```", docs)
+    for ours, here in (
+        ("you/StoryGPT", str(endless)),
+        ('"tuned", ', '"tuned", learning_rate=1e-2, save_strategy="no", use_cpu=True, '),
+    ):
+        assert ours in recipe
+        recipe = recipe.replace(ours, here)
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": text}) + "\n" for text in endings()]
+    (tmp_path / "stories.jsonl").write_text("".join(lines))
+    names = {}
+    exec(recipe, names)
+    check_labels(names["trainer"], 4095)
+    assert how_many_end(tmp_path / "tuned") == 20
+    tuned = json.loads((tmp_path / "tuned" / "tokenizer_config.json").read_text())
+    assert tuned["padding_side"] == "left"  # for generating
+
+
+def test_a_fine_tune_by_trl_teaches_the_end(endless, tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl")
+    from datasets import Dataset
+
+    config = {"num_train_epochs": 10, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    config |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False}
+    trainer = trl.SFTTrainer(
+        str(endless),
+        trl.SFTConfig(str(tmp_path), **config),
+        train_dataset=Dataset.from_dict({"text": endings()}),
+    )
+    check_labels(trainer, 4095)
+    trainer.train()
+    trainer.save_model(tmp_path)
+    assert how_many_end(tmp_path) == 20
+
+
+def test_mlx_lm_computes_what_we_do(storyteller, tmp_path):
+    mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm")
+    import mlx.core as mx
+
+    model, checkpoint = storyteller
+    write_folder(tmp_path, checkpoint)
+    theirs, _ = mlx_lm.load(str(tmp_path))
+    x = torch.randint(model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = model(x)[0].numpy()
+    assert np.abs(ours - np.array(theirs(mx.array(x.numpy())))).max() <= 1e-4
+    assert ours.std() > 0.5  # so that the bound says something
+
+
+# --- GGUF ---
+
+
 @pytest.mark.parametrize("dtype", ["f16", "f32"])
 def test_gguf_holds_the_weights_and_the_tokenizer(storyteller, dtype, tmp_path):
     model, checkpoint = storyteller
@@ -518,25 +624,46 @@ def test_gguf_holds_the_weights_and_the_tokenizer(storyteller, dtype, tmp_path):
     assert len(field("tokenizer.ggml.tokens")) == size
     assert len(field("tokenizer.ggml.merges")) == size - 257
     assert field("tokenizer.ggml.add_bos_token") is False
+    assert field("tokenizer.chat_template") == CHAT_TEMPLATE
+
+
+def test_llama_cpp_tells_the_same_to_a_prompt_and_in_a_chat(storyteller, tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp")
+    model, checkpoint = storyteller
+    write_gguf(tmp_path / "a.gguf", checkpoint, "StoryGPT", "f32")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(tmp_path / "a.gguf"), 128, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server, tokenizer = xllamacpp.Server(params), load_tokenizer(model.config.vocab_size)
+    for text, ids in prompts(model.config.vocab_size):
+        told = model.generate(torch.tensor([ids]), 64, 0, end_of_text=tokenizer.eot_token)
+        story = story_text(tokenizer, told[0, len(ids) :].tolist())
+        flags = {"max_tokens": 64, "temperature": 0}
+        chat = [{"role": "user", "content": text}]
+        raw = server.handle_completions({"prompt": text, **flags})
+        said = server.handle_chat_completions({"messages": chat, **flags})
+        assert raw["usage"]["prompt_tokens"] == said["usage"]["prompt_tokens"] == len(ids)
+        assert raw["choices"][0]["text"] == said["choices"][0]["message"]["content"] == story
 
 
 @pytest.mark.skipif(
-    not (shutil.which("node") and os.environ.get("NODE_LLAMA_CPP_DIR")),
-    reason="needs node, and in NODE_LLAMA_CPP_DIR a folder with the npm package node-llama-cpp",
+    not (shutil.which("node") and os.environ.get("OLLAMA_UTILS_DIR")),
+    reason="needs node, and in OLLAMA_UTILS_DIR a folder with @huggingface/ollama-utils",
 )
-def test_llama_cpp_tells_the_same(storyteller, tmp_path):
-    model, checkpoint = storyteller
-    write_gguf(tmp_path / "a.gguf", checkpoint, "StoryGPT", "f32")
-    beginnings = prompts(model.config.vocab_size)
-    (tmp_path / "prompts.json").write_text(json.dumps([text for text, _ in beginnings]))
-    program = Path(__file__).parent / "llama_cpp.mjs"
-    folder = os.environ["NODE_LLAMA_CPP_DIR"]
-    command = ["node", program, folder, tmp_path / "a.gguf", tmp_path / "prompts.json", "64"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_the_hub_tells_ollama_to_pass_the_prompt_on():
+    """By the Hub's own code, which makes Ollama's template of the GGUF's."""
+    program = f"""
+        const {{convertGGUFTemplateToOllama}} = require("@huggingface/ollama-utils");
+        const gguf = {{chat_template: {json.dumps(CHAT_TEMPLATE)}}};
+        console.log(JSON.stringify(convertGGUFTemplateToOllama(gguf).ollama));
+    """
+    command = ["node", "-e", program]
+    folder = os.environ["OLLAMA_UTILS_DIR"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
     assert result.returncode == 0, result.stderr
-    theirs = json.loads(result.stdout)
-    end_of_text = model.config.vocab_size - 1
-    for (_, ids), answer in zip(beginnings, theirs, strict=True):
-        assert answer["prompt"] == ids
-        told = model.generate(torch.tensor([ids]), 64, 0, end_of_text=end_of_text)
-        assert answer["ids"] == told[0, len(ids) :].tolist()
+    made = json.loads(result.stdout)
+    parts = ("System", "Prompt", "Response")
+    assert re.sub(r"\{\{ (if \.\w+|end) \}\}", "", made["template"]) == "".join(
+        f"{{{{ .{part} }}}}" for part in parts
+    )
+    assert not made["tokens"] and not made["params"]["stop"]

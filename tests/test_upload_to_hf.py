@@ -193,8 +193,12 @@ def check_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> None:
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(vocab_size)
     assert theirs.is_fast and len(theirs) == vocab_size and theirs.model_max_length == 64
     assert theirs.eos_token_id == theirs.bos_token_id == vocab_size - 1
-    for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
+    # as in GPT-2's own, text that spells the end is the end, unless it is to be text
+    assert theirs("Hm" + theirs.eos_token)["input_ids"] == [*ours.encode("Hm"), vocab_size - 1]
+    as_text = theirs(texts, split_special_tokens=True)["input_ids"]
+    for text, ids in zip(texts, as_text, strict=True):
         assert ids == ours.encode_ordinary(text), text
+        assert "<|endoftext|>" in text or theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
         assert theirs.decode([*ids, vocab_size - 1], skip_special_tokens=True) == text
 
@@ -224,6 +228,8 @@ def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
         assert theirs.lm_head.weight is theirs.wte.weight
         for name in ("model.py", "config.py"):
             assert (folder / name).read_bytes() == (root / name).read_bytes()
+        modes = {path.stat().st_mode for path in folder.rglob("*.*") if path.is_file()}
+        assert len(modes) == 1  # whoever may read one may read all
         assert set(files_of(folder)) == {
             *("README.md", "loss_plot.png", "model.py", "config.py", f"checkpoints/{BEST}"),
             *("model.safetensors", "config.json", "generation_config.json"),
