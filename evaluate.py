@@ -19,9 +19,10 @@ import torch
 from config import InputError, check_whole
 from model import GPT, check_sampling
 from storygpt.builtin_stories import keeps_hero_and_object
-from storygpt.checkpoint import load_model, write_atomically
+from storygpt.checkpoint import load_model
 from storygpt.copies import CopySearch, read_chunks
 from storygpt.device import pick_device
+from storygpt.files import write_atomically
 from storygpt.kernels import chunked_cross_entropy, pack_linears
 from storygpt.losses import exact_loss, logits_of, story_losses
 from storygpt.measures import (

@@ -4,7 +4,8 @@ One pass encodes all stories into scratch files and keeps of each its length and
 stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
-from storygpt.cli import one_line, parse_flags, progress_bar, run, writing
+from storygpt.cli import one_line, parse_flags, progress_bar, run
+from storygpt.files import writing
 
 # isort: split
 

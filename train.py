@@ -26,13 +26,14 @@ from torch import nn
 from config import GPTConfig, InputError, TrainingConfig, preset
 from model import GPT
 from storygpt import device as machine
-from storygpt.checkpoint import BEST, FINAL, LATEST, fit_start, load_start, load_weights
+from storygpt.checkpoint import fit_start, load_start, load_weights
 from storygpt.distributed import MORE_TO_DO, Processes
+from storygpt.files import BEST, FINAL, LATEST, step_name
 from storygpt.kernels import speed_up_training
 from storygpt.losses import estimate_loss
 from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
-from storygpt.run_folder import RunFolder, TrainState, check_same_data, step_name
+from storygpt.run_folder import RunFolder, TrainState, check_same_data
 from storygpt.token_files import Batches, data_fingerprint, load_meta, load_tokens, mixed_seed
 
 

@@ -3,7 +3,8 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run, writing
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt.files import writing
 
 # isort: split
 

@@ -15,7 +15,6 @@ from storygpt import cli  # first: it answers Ctrl-C while torch loads
 
 # isort: split
 
-import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -23,15 +22,9 @@ import numpy as np
 import tyro
 
 from config import InputError
-from storygpt.checkpoint import (
-    BEST,
-    FINAL,
-    LATEST,
-    build_model,
-    load_checkpoint,
-    write_atomically,
-)
-from storygpt.metrics import METRICS, parse_metrics
+from storygpt.checkpoint import build_model, load_checkpoint
+from storygpt.files import BEST, FINAL, LATEST, METRICS, save_figure
+from storygpt.metrics import parse_metrics
 from storygpt.run_folder import FREE_FIELDS
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
@@ -196,9 +189,7 @@ def draw(recipes: list[list[Run]], scales: dict[str, float], path: Path) -> None
     for axes in panels:
         axes.grid(alpha=0.3)
     panels[0].legend(title="validation (dashed: training)")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from storygpt import cli  # first: it answers Ctrl-C while torch loads
 
 # isort: split
 
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -28,10 +27,11 @@ from torch import Tensor
 
 from config import InputError, TrainingConfig, check_whole
 from model import GPT, attention_weights
-from storygpt.checkpoint import build_model, load_checkpoint, write_atomically
+from storygpt.checkpoint import build_model, load_checkpoint
+from storygpt.files import METRICS, save_figure
 from storygpt.kernels import pack_linears
 from storygpt.measures import find_names, sentences
-from storygpt.metrics import METRICS, parse_metrics, smoothed
+from storygpt.metrics import parse_metrics, smoothed
 from storygpt.telling import tell
 from storygpt.token_files import Batches, load_meta, load_tokens
 from storygpt.tokenizer import load_tokenizer
@@ -274,9 +274,7 @@ def show_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(figure, path, dpi=110)
 
 
 def draw_tokens(path: Path, pieces: list[str], colours: list, notes: list[str]) -> None:

@@ -5,14 +5,9 @@ A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `c
 """
 
 import hashlib
-import os
-import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -20,10 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
+from storygpt.files import write_atomically
 from storygpt.formats import read_folder, reading, rebuild
 from storygpt.hub import explain, is_hub_id
-
-BEST, FINAL, LATEST = (f"StoryGPT_{name}.pt" for name in ("best", "final", "latest"))
 
 KEYS = {
     "gpt_config": GPTConfig,
@@ -40,50 +34,6 @@ FILES = [
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
 ]
 OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Lets `write` fill a temporary file, then renames it to `path`: no reader sees half a file.
-
-    Raises InputError where the disk is full or the folder cannot be written; an older `path`
-    stays as it was.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(OSError):  # not every file system has modes
-            os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
-            raise error.__context__ from None  # torch.save complains of the file a Ctrl-C cut short
-        if isinstance(error, OSError | RuntimeError):  # torch.save turns a full disk into either
-            kept = ", and the one before it is kept" if path.exists() else ""
-            reason = getattr(error, "strerror", None) or "the disk is full or the file too large"
-            raise InputError(
-                f"{path} cannot be written ({reason}){kept}: free some space or pass another folder"
-            ) from error
-        raise
-    if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # nor can every one do that
-            os.fsync(folder)
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

@@ -9,12 +9,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from config import InputError, TrainingConfig
+from storygpt.files import BEST
 
-DEFAULT_CHECKPOINT = Path("checkpoints/StoryGPT_best.pt")  # here, where no torch is imported
+DEFAULT_CHECKPOINT = Path("checkpoints") / BEST
 STARTED = time.monotonic()
 
 
@@ -62,17 +63,6 @@ def command_line(script: str, **flags) -> str:
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
-
-
-@contextlib.contextmanager
-def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Says in one sentence that `path` could not be written, and what mends that."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): {remedy}"
-        ) from error
 
 
 def listen_for_signals(launched: bool) -> list[int]:

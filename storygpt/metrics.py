@@ -1,6 +1,5 @@
 """What a run tells about itself: metrics.jsonl, the plot, and a tracker where one is wanted."""
 
-import io
 import json
 import math
 import sys
@@ -14,12 +13,10 @@ import torch
 
 from config import InputError
 from model import GPT
-from storygpt.checkpoint import BEST, FINAL, write_atomically
 from storygpt.cli import command_line, one_line, progress_bar
 from storygpt.device import peak_flops, peak_memory
+from storygpt.files import BEST, FINAL, PLOT, save_figure, write_atomically
 from storygpt.telling import tell
-
-METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
 
 
 def parse_metrics(text: bytes, path: Path) -> list[dict]:
@@ -110,9 +107,7 @@ def draw_loss_plot(metrics: list[dict], path: Path) -> None:
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats a token)", title="StoryGPT")
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(figure, path, dpi=120)
 
 
 def start_tracker(name: str, config: dict, run_id: str, directory: Path) -> Callable[[dict], None]:

@@ -14,16 +14,9 @@ from filelock import FileLock, Timeout
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import (
-    BEST,
-    FINAL,
-    LATEST,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from storygpt.cli import writing
-from storygpt.metrics import METRICS, PLOT, append_metrics, read_metrics
+from storygpt.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
+from storygpt.metrics import append_metrics, read_metrics
 from storygpt.optimizer import Optimizer
 
 # What a file system without locks answers.
@@ -38,11 +31,6 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
         raise InputError(
             f"the data in {data_dir} is not what the run was trained on so far: pass its --data_dir"
         )
-
-
-def step_name(step: int) -> str:
-    """The file that `--keep_interval` keeps of `step`."""
-    return f"StoryGPT_step_{step:06}.pt"
 
 
 @dataclass

@@ -8,22 +8,16 @@ import hashlib
 import json
 import math
 import os
-import shlex
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from config import InputError
+from storygpt.cli import command_line
+from storygpt.files import META
 
 SPLITS = ("train", "validation")
-
-
-def prepare_command(data_dir: Path, **known) -> str:
-    """The command that prepares `data_dir` with the flags that are `known`, as a shell takes it."""
-    flags = [word for name, value in known.items() for word in (f"--{name}", str(value))]
-    words = ["python", "prepare_data.py", "--data_dir", str(data_dir), *flags]
-    return f"`{shlex.join(words)}`"
 
 
 class SplitWriter:
@@ -54,11 +48,11 @@ class SplitWriter:
 
 def install(scratch: Path, data_dir: Path, meta: dict) -> None:
     """Writes `meta.json` and moves it and the finished files of `scratch` into `data_dir`."""
-    (scratch / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (scratch / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     # Without its meta.json a data folder counts as not prepared: a run killed between these lines
     # can leave no mix of old and new.
-    (data_dir / "meta.json").unlink(missing_ok=True)
-    for name in (*(f"{split}.bin" for split in SPLITS), "meta.json"):
+    (data_dir / META).unlink(missing_ok=True)
+    for name in (*(f"{split}.bin" for split in SPLITS), META):
         os.replace(scratch / name, data_dir / name)
 
 
@@ -82,8 +76,8 @@ def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
     """
-    path, known = Path(data_dir) / "meta.json", {"vocab_size": vocab_size} if vocab_size else {}
-    prepare = prepare_command(data_dir, **known)
+    path, known = Path(data_dir) / META, {"vocab_size": vocab_size} if vocab_size else {}
+    prepare = f"`{command_line('prepare_data.py', data_dir=data_dir, **known)}`"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -123,7 +117,7 @@ def load_tokens(
     the split is shorter than one window of context_length + 1.
     """
     path, known = Path(data_dir) / f"{split}.bin", {k: meta[k] for k in ("dataset", "vocab_size")}
-    again = f"run {prepare_command(data_dir, **known)} again"
+    again = f"run `{command_line('prepare_data.py', data_dir=data_dir, **known)}` again"
     counts = meta["splits"][split]
     try:
         size = path.stat().st_size

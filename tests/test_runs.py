@@ -23,14 +23,8 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import checkpoint as checkpoint_module
 from storygpt import cli
-from storygpt.checkpoint import (
-    BEST,
-    FINAL,
-    LATEST,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from storygpt.checkpoint import load_checkpoint, save_checkpoint
+from storygpt.files import BEST, FINAL, LATEST, write_atomically
 from storygpt.metrics import start_tracker
 from storygpt.run_folder import RunFolder
 from storygpt.tokenizer import load_tokenizer

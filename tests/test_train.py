@@ -22,7 +22,7 @@ import train
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import cli
-from storygpt.checkpoint import FINAL, LATEST, load_checkpoint, load_model
+from storygpt.checkpoint import load_checkpoint, load_model
 from storygpt.device import (
     check_fits,
     compile_model,
@@ -33,6 +33,7 @@ from storygpt.device import (
     pick_dtype,
 )
 from storygpt.distributed import Processes
+from storygpt.files import FINAL, LATEST
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
 from storygpt.token_files import (
