@@ -34,7 +34,8 @@ from storygpt.losses import estimate_loss
 from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
 from storygpt.run_folder import RunFolder, TrainState, check_same_data
-from storygpt.token_files import Batches, data_fingerprint, load_meta, load_tokens, mixed_seed
+from storygpt.token_files import data_fingerprint, load_meta, load_tokens
+from storygpt.batches import Batches, mixed_seed
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from storygpt.kernels import pack_linears
 from storygpt.measures import find_names, sentences
 from storygpt.metrics import parse_metrics, smoothed
 from storygpt.telling import tell
-from storygpt.token_files import Batches, load_meta, load_tokens
+from storygpt.token_files import load_meta, load_tokens
+from storygpt.batches import Batches
 from storygpt.tokenizer import load_tokenizer
 
 COLUMNS = 92  # characters in a line of a picture

@@ -36,13 +36,8 @@ from storygpt.distributed import Processes
 from storygpt.files import FINAL, LATEST
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
-from storygpt.token_files import (
-    Batches,
-    load_meta,
-    load_tokens,
-    training_batch,
-    validation_starts,
-)
+from storygpt.token_files import load_meta, load_tokens, training_batch
+from storygpt.batches import Batches, validation_starts
 
 
 def metrics_of(folder) -> list[dict]:
