@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from config import InputError, TrainingConfig, check_whole
-from model import GPT, attention_weights
+from model import GPT
 from storygpt.checkpoint import build_model, load_checkpoint, write_atomically
 from storygpt.kernels import pack_linears
 from storygpt.measures import find_names, sentences
@@ -167,12 +167,8 @@ def show_embeddings(model: GPT, story: Story, tokens: np.ndarray, tokenizer) -> 
 
 def all_heads(model: GPT, ids: list[int]) -> Tensor:
     """(n_layer, n_head, T, T): how much each of T ids takes from each."""
-    x, found = model.wte(torch.tensor([ids])) + model.wpe.weight[: len(ids)], []
-    for block in model.h:
-        q, k, _ = block.attn.heads(block.ln_1(x))
-        found.append(attention_weights(q, k, is_causal=True)[0])
-        x = block(x)
-    return torch.stack(found)
+    idx = torch.tensor([ids])
+    return torch.cat([model.attention_weights(idx, layer) for layer in range(len(model.h))])
 
 
 def show_attention(model: GPT, story: Story, arguments: Arguments) -> None:
