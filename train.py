@@ -26,6 +26,7 @@ from torch import nn
 from config import GPTConfig, InputError, TrainingConfig, preset
 from model import GPT
 from storygpt import device as machine
+from storygpt.batches import Batches, mixed_seed
 from storygpt.checkpoint import fit_start, load_start, load_weights
 from storygpt.distributed import MORE_TO_DO, Processes
 from storygpt.files import BEST, FINAL, LATEST, step_name
@@ -35,7 +36,6 @@ from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
 from storygpt.run_folder import RunFolder, TrainState, check_same_data
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens
-from storygpt.batches import Batches, mixed_seed
 
 
 @dataclass(frozen=True)

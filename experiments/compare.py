@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import tyro
 
-from config import InputError
+from config import MAY_CHANGE, InputError
 from storygpt.checkpoint import build_model, load_checkpoint
 from storygpt.files import BEST, FINAL, LATEST, METRICS, save_figure
 from storygpt.metrics import parse_metrics
-from storygpt.run_folder import FREE_FIELDS
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
 
@@ -84,7 +83,7 @@ def read_run(folder: Path) -> Run:
     settings = asdict(checkpoint["gpt_config"]) | asdict(checkpoint["training_config"])
     return Run(
         name=str(folder),
-        settings={name: value for name, value in settings.items() if name not in FREE_FIELDS},
+        settings={name: value for name, value in settings.items() if name not in MAY_CHANGE},
         parameters=build_model(checkpoint, folder / names[0]).num_parameters(),
         data=checkpoint.get("data"),
         step=steps[evaluated],

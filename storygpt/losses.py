@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT
+from storygpt.batches import cut_windows, validation_starts
 from storygpt.cli import progress_bar
 from storygpt.device import autocast, to_device
 from storygpt.distributed import Processes
-from storygpt.batches import validation_starts, cut_windows
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from config import GPTConfig, InputError, TrainingConfig
+from config import MAY_CHANGE, GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
@@ -21,8 +21,6 @@ from storygpt.optimizer import Optimizer
 
 # What a file system without locks answers.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-# Fields that may differ when a run is resumed: they change when and where, not what.
-FREE_FIELDS = ("device", "compile", "save_minutes", "keep_interval")
 
 
 def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
@@ -140,7 +138,7 @@ class RunFolder:
         differences = [
             f"{name} was {before[name]} and is now {now[name]}"
             for name in before
-            if name not in FREE_FIELDS and before[name] != now[name]
+            if name not in MAY_CHANGE and before[name] != now[name]
         ]
         begun = resumed.get("init_from") or {}
         if origin and origin["sha256"] != begun.get("sha256"):

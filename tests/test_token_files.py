@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 
 from config import InputError
-from storygpt.token_files import SplitWriter, bits_per_byte, data_fingerprint, epoch_layout, epoch_order, install, load_meta, load_tokens, training_batch, training_starts
-from storygpt.batches import validation_starts, cut_windows
+from storygpt.batches import validation_starts
+from storygpt.token_files import (
+    SplitWriter,
+    bits_per_byte,
+    data_fingerprint,
+    epoch_layout,
+    epoch_order,
+    install,
+    load_meta,
+    load_tokens,
+    training_batch,
+    training_starts,
+)
 
 TOKENS = np.arange(1000, dtype="<u2")
 

@@ -22,6 +22,7 @@ import train
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import cli
+from storygpt.batches import Batches, validation_starts
 from storygpt.checkpoint import load_checkpoint, load_model
 from storygpt.device import (
     check_fits,
@@ -37,7 +38,6 @@ from storygpt.files import FINAL, LATEST
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
 from storygpt.token_files import load_meta, load_tokens, training_batch
-from storygpt.batches import Batches, validation_starts
 
 
 def metrics_of(folder) -> list[dict]:
