@@ -1,9 +1,10 @@
 """Script: how well a checkpoint predicts a split, and how the stories that it tells read beside
 held-out ones."""
 
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, progress_bar, run
+from storygpt import cli
 
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import io
 import json
@@ -19,9 +20,11 @@ import torch
 from config import InputError, check_whole
 from model import GPT, check_sampling
 from storygpt.builtin_stories import keeps_hero_and_object
-from storygpt.checkpoint import load_model, write_atomically
+from storygpt.checkpoint import load_model
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, progress_bar, run
 from storygpt.copies import CopySearch, read_chunks
-from storygpt.device import pick_device
+from storygpt.device import use_device
+from storygpt.files import write_atomically
 from storygpt.kernels import chunked_cross_entropy, pack_linears
 from storygpt.losses import exact_loss, logits_of, story_losses
 from storygpt.measures import (
@@ -230,7 +233,7 @@ def draw(columns: dict[str, dict], path: Path) -> None:
 def main() -> None:
     arguments = parse_flags(Arguments)
     check(arguments)
-    model, checkpoint = load_model(arguments.checkpoint, pick_device(arguments.device))
+    model, checkpoint = load_model(arguments.checkpoint, use_device(arguments.device))
     meta = load_meta(arguments.data_dir, model.config.vocab_size)
     model.loss_function = chunked_cross_entropy
     report = score(model, checkpoint, meta, arguments)

@@ -68,6 +68,11 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         return qkv.permute(2, 0, 3, 1, 4).unbind()
 
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, n_head, T, T): how much each token takes from each."""
+        q, k, _ = self.heads(x)
+        return attention_weights(q, k, is_causal=True)
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         dropout = self.dropout if self.training else 0.0  # the kernel has no `training` flag
@@ -158,6 +163,28 @@ class GPT(nn.Module):
         weights = self.num_parameters() - self.wpe.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.context_length
 
+    def embed(self, idx: Tensor, past: int = 0) -> Tensor:
+        """(B, T) int64 ids to (B, T, C): the sum of each token's vector and its place's.
+
+        The first stands at place `past`. Raises InputError where they do not fit the context.
+        """
+        end = past + idx.size(1)
+        if end > self.config.context_length:
+            raise InputError(f"{end} tokens do not fit context_length {self.config.context_length}")
+        places = self.wpe.weight[past:end]
+        return self.wte(idx) + places
+
+    def attention_weights(self, idx: Tensor, layer: int) -> Tensor:
+        """(B, T) int64 ids to (B, n_head, T, T): how much each token takes from each in one layer.
+
+        Layers count from 0. Row t is of token t, and sums to 1.
+        """
+        x = self.embed(idx)
+        for block in self.h[:layer]:
+            x = block(x)
+        block = self.h[layer]
+        return block.attn.weights(block.ln_1(x))
+
     def hidden(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """(B, T) int64 ids to (B, T, C), what the blocks make of each token.
 
@@ -165,15 +192,12 @@ class GPT(nn.Module):
         Raises InputError where they do not fit the context, or are several after cached ones:
         the causal mask would take them for the first.
         """
-        T, past = idx.size(1), cache[0].length if cache else 0
-        if past + T > self.config.context_length:
+        past = cache[0].length if cache else 0
+        if past and idx.size(1) > 1:
             raise InputError(
-                f"{past + T} tokens do not fit context_length {self.config.context_length}"
+                f"a cache that holds tokens takes one more at a time, not {idx.size(1)}"
             )
-        if past and T > 1:
-            raise InputError(f"a cache that holds tokens takes one more at a time, not {T}")
-        x = self.wte(idx) + self.wpe.weight[past : past + T]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.embed(idx, past), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
         return self.ln_f(x)

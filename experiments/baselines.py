@@ -19,9 +19,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import InputError, check_whole
-from storygpt.checkpoint import load_model, write_atomically
+from storygpt.checkpoint import load_model
 from storygpt.cli import command_line, parse_flags, run
-from storygpt.device import pick_device
+from storygpt.device import use_device
+from storygpt.files import write_atomically
 from storygpt.losses import logits_of, story_losses
 from storygpt.measures import NUM_RESAMPLES
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens, split_stories
@@ -179,7 +180,7 @@ def main() -> None:
     check_whole("batch_size", arguments.batch_size, 1)
     if not arguments.models:
         raise InputError("there is no model to score: name one, as in `baselines.py gpt2`")
-    device = pick_device(arguments.device)
+    device = use_device(arguments.device)
     texts, of = read_stories(arguments)
     lines, missing = read_earlier(arguments.output, of), {}
     for name in arguments.models:

@@ -14,8 +14,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import InputError
-from storygpt.checkpoint import write_atomically
 from storygpt.cli import parse_flags, run
+from storygpt.files import write_atomically
 from storygpt.measures import ROWS, story_table
 
 

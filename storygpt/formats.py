@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, InputError, TrainingConfig
-from storygpt.readers import refuse_pointers
+from storygpt.files import refuse_pointers
 from storygpt.telling import TEMPERATURE, TOP_K
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT
+from storygpt.batches import cut_windows, validation_starts
 from storygpt.cli import progress_bar
 from storygpt.device import autocast, to_device
 from storygpt.distributed import Processes
-from storygpt.token_files import validation_starts, windows
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def estimate_loss(
     was_training = model.training
     model.eval()
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
-        x, y = windows(tokens, starts[first : first + batch_size], context_length)
+        x, y = cut_windows(tokens, starts[first : first + batch_size], context_length)
         with autocast(device, dtype):
             _, loss = model(to_device(x, device), to_device(y, device))
         total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
@@ -55,13 +55,13 @@ def all_windows(
     window is as short as what is left, so T is context_length in all batches but the last.
     """
     stream = np.concatenate(([end_of_text], tokens[:context_length]))
-    yield windows(stream, np.zeros(1, int), len(stream) - 1)
+    yield cut_windows(stream, np.zeros(1, int), len(stream) - 1)
     starts = np.arange(context_length - 1, len(tokens) - context_length, context_length)
     for first in range(0, len(starts), batch_size):
-        yield windows(tokens, starts[first : first + batch_size], context_length)
+        yield cut_windows(tokens, starts[first : first + batch_size], context_length)
     scored = context_length * (len(starts) + 1)
     if scored < len(tokens):
-        yield windows(tokens, np.array([scored - 1]), len(tokens) - scored)
+        yield cut_windows(tokens, np.array([scored - 1]), len(tokens) - scored)
 
 
 @torch.no_grad()

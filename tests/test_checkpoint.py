@@ -11,14 +11,8 @@ from conftest import python
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import (
-    fit_start,
-    load_checkpoint,
-    load_model,
-    load_start,
-    save_checkpoint,
-    write_atomically,
-)
+from storygpt.checkpoint import fit_start, load_checkpoint, load_model, load_start, save_checkpoint
+from storygpt.files import write_atomically
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=8)
 

@@ -16,7 +16,8 @@ import generate
 import train
 from config import GPTConfig, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import BEST, load_model, save_checkpoint
+from storygpt.checkpoint import load_model, save_checkpoint
+from storygpt.files import BEST
 from storygpt.kernels import pack_linears
 from storygpt.telling import tell
 from storygpt.tokenizer import TextStream, load_tokenizer

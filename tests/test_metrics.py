@@ -8,7 +8,8 @@ import torch
 from matplotlib.figure import Figure
 
 from storygpt.cli import progress_bar
-from storygpt.metrics import Log, draw_loss_plot, read_metrics, smoothed
+from storygpt.log import Log
+from storygpt.metrics import draw_loss_plot, read_metrics, smoothed
 
 
 def entries(number: int, first: int = 1) -> list[dict]:
@@ -63,7 +64,7 @@ def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys)
         for entry in entries(20, first=11):
             log.add(entry)
         log.start = time.monotonic() - 10
-        said = log.ending(status, 2.0, tmp_path / "data", "none")
+        said = log.stopped(tmp_path / "data", "none") if status else log.finished(2.0)
     assert "2,000 tokens/s with saves and evaluations" in said
     assert (f"python train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
     assert ("best val_loss 2.0000" in said) == (status == 0)

@@ -365,6 +365,12 @@ def test_what_is_said_of_a_choice(app, teller):
     assert kinds == ["first", "given", "told", "told", "told"]
 
 
+def test_a_model_published_by_an_older_version_is_shown_without_its_heads(app, teller, monkeypatch):
+    monkeypatch.delattr(GPT, "attention_weights")
+    html = app.Answers(teller).detail(app.Story(7, 2, [5, 6, 7, 8]), 3, "2")
+    assert "publish this model again" in html and html.count("<li") >= 10
+
+
 def test_the_story_that_is_asked_for_is_opened_and_an_open_one_stays(app, teller):
     answers = app.Answers(teller)
     *_, (_, told) = answers.tell("One day", "7", 3, 5, 0.8, 100, 1)

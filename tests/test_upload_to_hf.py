@@ -26,7 +26,8 @@ import upload_to_hf
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
-from storygpt.checkpoint import BEST, KEYS, load_checkpoint, load_model, save_checkpoint
+from storygpt.checkpoint import KEYS, load_checkpoint, load_model, save_checkpoint
+from storygpt.files import BEST
 from storygpt.measures import ROWS, read_report
 from storygpt.token_files import data_fingerprint
 from storygpt.tokenizer import gpt2_file, load_tokenizer
