@@ -4,7 +4,6 @@ A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `c
 `model.safetensors` in the layout of transformers' GPT-2 (see formats.py).
 """
 
-import hashlib
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from storygpt.files import write_atomically
 from storygpt.formats import read_folder, reading, rebuild
 from storygpt.hub import explain, is_hub_id
 from storygpt.kernels import pack_linears
+from storygpt.record import read_begun, weights_sha256
 
 KEYS = {
     "gpt_config": GPTConfig,
@@ -68,6 +68,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
     for key in ("gpt_config", "training_config"):  # unpickling does not call __post_init__
         checkpoint[key] = rebuild(key, vars(checkpoint[key]), path)
+    with reading(path):
+        read_begun(checkpoint.get("record"))
     return checkpoint
 
 
@@ -173,9 +175,8 @@ class Start(NamedTuple):
     weights: dict
     """A `model_state_dict`."""
     origin: dict[str, str]
-    """What metrics, card and later checkpoints remember as "init_from": {"checkpoint": the Hub id
-    or the local path made absolute, "sha256": of all weights, by sorted name}. The same weights
-    have the same sum in a .pt file, a folder and on the Hub."""
+    """What metrics and record remember as "init_from": {"checkpoint": the Hub id or the local path
+    made absolute, "sha256": `weights_sha256`}."""
 
 
 def load_start(path: Path) -> Start:
@@ -187,11 +188,8 @@ def load_start(path: Path) -> Start:
             "Hub id, owner and name, as in openai-community/gpt2"
         )
     model, _ = load_model(path)
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
     name = str(path.resolve()) if path.exists() else path.as_posix()
-    origin = {"checkpoint": name, "sha256": digest.hexdigest()}
+    origin = {"checkpoint": name, "sha256": weights_sha256(model.state_dict())}
     return Start(config=model.config, weights=model.state_dict(), origin=origin)
 
 

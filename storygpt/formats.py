@@ -5,11 +5,12 @@ that a plain GPT-2 would not, but for one entry `storygpt` in config.json.
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from config import GPTConfig, InputError, TrainingConfig
 from storygpt.files import refuse_pointers
+from storygpt.record import from_dict, record_of, weights_sha256
 from storygpt.telling import TEMPERATURE, TOP_K
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
@@ -169,36 +171,40 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def read_folder(folder: Path) -> dict:
     """A folder in transformers' GPT-2 layout as a checkpoint: gpt_config, model_state_dict
-    (float32), step and val_loss (0 and infinity where it does not say), and where StoryGPT wrote
-    it training_config and init_from.
+    (float32), step and val_loss (0 and infinity where they are not known), and where StoryGPT wrote
+    it, and nobody has changed its weights since, training_config and record.
 
     Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
     """
     config, ours = read_config(folder)
     check_tokenizer(folder, config.vocab_size)
     tensors = read_tensors(folder)
-    known = {}
-    with reading(folder / "config.json"):
-        step, val_loss = int(ours.get("step", 0)), float(ours.get("val_loss", "inf"))
-        if recipe := ours.get("training_config"):
-            known["training_config"] = rebuild("training_config", recipe, folder / "config.json")
-        if origin := ours.get("init_from"):
-            known["init_from"] = {key: str(value) for key, value in origin.items()}
     try:
-        state_dict = from_transformers(tensors, config)
+        state_dict = from_transformers(tensors, config.vocab_size)
     except ValueError as error:
         raise InputError(f"{folder} has {error}, which StoryGPT's model does not") from error
-    return {
-        "gpt_config": config,
-        "model_state_dict": state_dict,
-        "step": step,
-        "val_loss": val_loss,
-        **known,
+    biases = [name for name in state_dict if name.endswith("bias")]
+    if config.bias or any(state_dict[name].any() for name in biases):
+        config = replace(config, bias=True)  # others also train those that were zeros
+    else:
+        for name in biases:
+            del state_dict[name]
+    checkpoint = {"gpt_config": config, "model_state_dict": state_dict}
+    with reading(folder / "config.json"):
+        record = from_dict(ours["record"]) if "record" in ours else None
+    if not record or record.weights_sha256 != weights_sha256(state_dict):
+        return checkpoint | {"step": 0, "val_loss": math.inf}
+    recipe = rebuild("training_config", record.recipe, folder / "config.json")
+    return checkpoint | {
+        "training_config": recipe,
+        "step": record.step,
+        "val_loss": record.val_loss,
+        "record": record.begun(),
     }
 
 
-def from_transformers(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """transformers' GPT-2, whole or without its head, as a float32 `model_state_dict`.
+def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with biases.
 
     Its linear layers are (in, out). Raises ValueError where its head is not its embedding.
     """
@@ -207,15 +213,13 @@ def from_transformers(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             continue  # the causal mask, which old versions stored
-        if name.endswith("bias") and not config.bias:
-            continue  # zeros
         weight = weight.T if ".c_" in name and weight.dim() == 2 else weight
         state_dict[name] = weight.float().contiguous()
     if "wte.weight" in state_dict:
         head = state_dict.get("lm_head.weight", state_dict["wte.weight"])
         if not torch.equal(head, state_dict["wte.weight"]):
             raise ValueError("a head that is not its embedding")
-        state_dict["wte.weight"] = state_dict["wte.weight"][: config.vocab_size]
+        state_dict["wte.weight"] = state_dict["wte.weight"][:vocab_size]
         state_dict["lm_head.weight"] = state_dict["wte.weight"]
     return state_dict
 
@@ -307,10 +311,8 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
 
 def config_files(checkpoint: dict) -> dict[str, str]:
     """The text of config.json and generation_config.json of transformers' GPT-2; the former also
-    has all that is known of the run, so that what `read_folder` makes of it is a checkpoint."""
+    has the record, so that what `read_folder` makes of it is a checkpoint."""
     config = checkpoint["gpt_config"]
-    known = {key: checkpoint[key] for key in ("step", "val_loss", "init_from") if key in checkpoint}
-    known |= {"training_config": asdict(checkpoint["training_config"])}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
     shape = {
         "architectures": ["GPT2LMHeadModel"],
@@ -329,7 +331,7 @@ def config_files(checkpoint: dict) -> dict[str, str]:
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
         # what a GPT-2 config has no field for, and a checkpoint has
-        "storygpt": {"bias": config.bias} | known,
+        "storygpt": {"bias": config.bias, "record": record_of(checkpoint).for_everybody()},
     }
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     generation = ids | sampling | {"max_length": config.context_length}

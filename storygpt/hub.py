@@ -1,11 +1,15 @@
 """The Hugging Face Hub: what can be a name there, publishing, and why something failed there."""
 
+import glob
+import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from config import InputError
 
@@ -90,52 +94,165 @@ def retry(call: Callable[[], object]):
         return call()
 
 
-def publish(
-    folder: Path, repo_id: str, token: str, private: bool, kind: str = "model"
-) -> tuple[str, bool]:
-    """Sends `folder`, which has a README.md, as one commit to a repo, made if need be.
+# --- Publishing ---
 
-    `kind` is model, or space for one of Gradio. Returns the repo's address, and whether anything
-    was new to it. Raises InputError.
+# A file of a model, whoever made it; what is none of these is in nobody's way.
+OF_A_MODEL = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|jinja)|.*(config|index|_map|_tokens)\.json|"
+    r"(tokenizer|vocab|merges)\..*"
+)
+
+
+class Built(NamedTuple):
+    """A folder with a README.md, to be sent to a repo."""
+
+    folder: Path
+    repo_id: str
+    kind: Literal["model", "space"]
+
+    @property
+    def commit_title(self) -> str:
+        """Return the title by which a file is known as ours ever after."""
+        return f"Upload StoryGPT's {self.kind}"
+
+
+class Plan(NamedTuple):
+    """What sending a folder does to its repo."""
+
+    before: str
+    """The commit that the repo is at."""
+    same_weights: bool
+    """Whether it holds the weights that are to be sent."""
+    keep_card: bool
+    """Whether its README.md was edited there, and is left as it is."""
+    delete: list[str]
+
+
+class Published(NamedTuple):
+    """What became of a folder."""
+
+    url: str
+    changed: bool
+    """Whether anything was new to the repo."""
+    kept_card: bool
+
+
+def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
+    """Send each folder as one commit to its repo, made if need be, once all of them may be sent.
+
+    What our last commit put there and the folder lacks is deleted. What others have put there is
+    not touched, with `replace` alone: a README.md edited there is kept where the weights, those of
+    the first of `repos`, are the same; anything else of theirs that is in the way is an InputError.
     """
-    from huggingface_hub import HfApi, RepoCard
+    from huggingface_hub import HfApi
 
-    api, card = HfApi(token=token), RepoCard.load(folder / "README.md")
+    api, plans, published = HfApi(token=token), [], []
     if not api.endpoint.startswith(("https://", "http://")):
         raise InputError(f"HF_ENDPOINT {api.endpoint} is no address: begin it with https://")
+    for repo in repos:
+        with failures_explained(repo, token):
+            check_card(repo)
+            same_weights = plans[0].same_weights if plans else None
+            plans.append(make_plan(api, repo, private, replace, same_weights))
+    for repo, plan in zip(repos, plans, strict=True):
+        with failures_explained(repo, token):
+            published.append(send(api, repo, plan))
+    return published
 
-    def open_repo():
-        sdk = "gradio" if kind == "space" else None
-        api.create_repo(
-            repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk
-        )
-        return api.repo_info(repo_id, repo_type=kind)
 
-    def upload():
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type=kind,
-            folder_path=folder,
-            commit_message=f"Upload StoryGPT's {kind}",
-        )
-
+@contextmanager
+def failures_explained(repo: Built, token: str) -> Iterator[None]:
+    """Say in one sentence, an InputError, why a repo could not be published."""
     try:
-        try:
-            retry(lambda: card.validate(repo_type=kind))
-        except ValueError as error:  # with the server's JSON
-            messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
-            reasons = "; ".join(map(json.loads, messages)) or str(error)
-            raise InputError(f"the Hub refuses the {kind} card: {reasons}") from error
-        before = retry(open_repo)
-        if private and not before.private:
-            raise InputError(
-                f"{repo_id} exists and is public: make it private in its settings on the Hub, "
-                "leave out --private, or pass another --repo_id"
-            )
-        place = f"spaces/{repo_id}" if kind == "space" else repo_id
-        return f"{api.endpoint}/{place}", retry(upload).oid != before.sha
+        yield
     except InputError:
         raise
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         why = explain(error).replace(token, "…")
-        raise InputError(f"{repo_id} was not published {why}") from None
+        raise InputError(f"{repo.repo_id} was not published {why}") from None
+
+
+def check_card(repo: Built) -> None:
+    """Raise InputError where the Hub refuses what a README.md says at its head."""
+    from huggingface_hub import RepoCard
+
+    card = RepoCard.load(repo.folder / "README.md")
+    try:
+        retry(lambda: card.validate(repo_type=repo.kind))
+    except ValueError as error:  # with the server's JSON
+        messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
+        reasons = "; ".join(map(json.loads, messages)) or str(error)
+        raise InputError(f"the Hub refuses the {repo.kind} card: {reasons}") from error
+
+
+def make_plan(api, repo: Built, private: bool, replace: bool, same_weights: bool | None) -> Plan:
+    """Open a repo, made if need be, and see what sending a folder there would do.
+
+    With `same_weights` None they are looked for. Raises InputError where what others have put there
+    is in the way, or the repo is public and was not to be.
+    """
+    from huggingface_hub import RepoFile
+
+    def open_repo():
+        api.create_repo(
+            repo.repo_id,
+            repo_type=repo.kind,
+            private=private or None,
+            exist_ok=True,
+            space_sdk="gradio" if repo.kind == "space" else None,
+        )
+        tree = {"recursive": True, "expand": True}  # with the last commit of every file
+        entries = list(api.list_repo_tree(repo.repo_id, repo_type=repo.kind, **tree))
+        return api.repo_info(repo.repo_id, repo_type=repo.kind), entries
+
+    info, entries = retry(open_repo)
+    if private and not info.private:
+        raise InputError(
+            f"{repo.repo_id} exists and is public: make it private in its settings on the Hub, "
+            "leave out --private, or pass another --repo_id"
+        )
+    there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    if same_weights is None:
+        weights = there.get("model.safetensors")
+        sums = weights and weights.lfs and weights.lfs.sha256
+        same_weights = sums == file_sha256(repo.folder / "model.safetensors")
+    sent = {p.relative_to(repo.folder).as_posix() for p in repo.folder.rglob("*") if p.is_file()}
+    titles = {path: entry.last_commit.title for path, entry in there.items()}
+    if titles.get("README.md") == "initial commit":  # the Hub's own words, and nobody's
+        del titles["README.md"]
+    ours = {path for path, title in titles.items() if title == repo.commit_title}
+    theirs = {path for path in titles.keys() - ours if path in sent or OF_A_MODEL.fullmatch(path)}
+    keep_card = "README.md" in theirs and same_weights and not replace
+    in_the_way = theirs - {"README.md"} if keep_card else theirs
+    if in_the_way and not replace:
+        raise InputError(
+            f"{repo.repo_id} holds what others, or you by hand, have put there "
+            f"({', '.join(sorted(in_the_way)[:5])}): pass another --repo_id, or --replace to put "
+            "this in its place"
+        )
+    gone = sorted((ours | in_the_way) - sent - {".gitattributes"})
+    return Plan(before=info.sha, same_weights=same_weights, keep_card=keep_card, delete=gone)
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def send(api, repo: Built, plan: Plan) -> Published:
+    """Make the one commit."""
+
+    def upload():
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            repo_type=repo.kind,
+            folder_path=repo.folder,
+            ignore_patterns="README.md" if plan.keep_card else None,
+            delete_patterns=[glob.escape(path) for path in plan.delete] or None,
+            commit_message=repo.commit_title,
+        )
+
+    place = f"spaces/{repo.repo_id}" if repo.kind == "space" else repo.repo_id
+    changed = retry(upload).oid != plan.before
+    return Published(f"{api.endpoint}/{place}", changed=changed, kept_card=plan.keep_card)
