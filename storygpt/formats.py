@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -331,7 +331,7 @@ def config_files(checkpoint: dict) -> dict[str, str]:
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
         # what a GPT-2 config has no field for, and a checkpoint has
-        "storygpt": {"bias": config.bias, "record": record_of(checkpoint).for_everybody()},
+        "storygpt": {"bias": config.bias, "record": asdict(record_of(checkpoint).public())},
     }
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     generation = ids | sampling | {"max_length": config.context_length}

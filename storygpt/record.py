@@ -7,7 +7,7 @@ The first two are made once, by `train.py` as a run starts, and lie in every che
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
@@ -66,15 +66,17 @@ class Record:
         """Return what was known as its run began: "record" in a checkpoint, see `begin_record`."""
         return {"data": self.data and asdict(self.data), "init_from": self.init_from}
 
-    def for_everybody(self) -> dict:
-        """Return it as a plain dict without paths of this machine: what `from_dict` reads."""
-        return asdict(self) | {"init_from": without_path(self.init_from)}
+    @property
+    def base_model(self) -> str | None:
+        """The Hub id of the model that it started from, if that is there."""
+        name = (self.init_from or {}).get("checkpoint", "").split("@")[0]
+        return name if is_hub_id(name) else None
 
-
-def without_path(origin: dict[str, str] | None) -> dict[str, str] | None:
-    """Return an origin whose "checkpoint" is left out unless it is on the Hub."""
-    kept = (origin or {}).items()
-    return origin and {key: text for key, text in kept if key != "checkpoint" or is_hub_id(text)}
+    def public(self) -> "Record":
+        """Return what everybody may know: no path of this machine."""
+        if not self.init_from or self.base_model:
+            return self
+        return replace(self, init_from={"sha256": self.init_from["sha256"]})
 
 
 def read_begun(begun: dict | None) -> tuple[Data | None, dict[str, str] | None]:
@@ -85,13 +87,13 @@ def read_begun(begun: dict | None) -> tuple[Data | None, dict[str, str] | None]:
     if begun is None:
         return None, None
     data, origin = begun["data"], begun["init_from"]
-    if origin is not None and not all(isinstance(text, str) for text in origin.values()):
+    if origin is not None and not all(isinstance(origin[key], str) for key in {"sha256", *origin}):
         raise ValueError("an origin is text")
     return Data(**data) if data else None, origin
 
 
 def from_dict(known: dict) -> Record:
-    """Read what `Record.for_everybody` has written. Raises as `read_begun` does."""
+    """Read a record from its fields. Raises as `read_begun` does."""
     data, origin = read_begun(known)
     return Record(**known | {"data": data, "init_from": origin})
 

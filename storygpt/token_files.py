@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,11 @@ def bits_per_byte(loss: float, counts: dict) -> float:
     """A mean loss in nats a token of a split, as bits a byte of UTF-8: exact, and the same scale
     for every vocabulary. `counts` is the split's entry in meta.json."""
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the power of a mean loss in nats: infinite where no float is as large."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def load_tokens(
