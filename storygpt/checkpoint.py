@@ -4,6 +4,7 @@ A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `c
 `model.safetensors` in the layout of transformers' GPT-2 (see formats.py).
 """
 
+import re
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,7 @@ FILES = [
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
 ]
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -98,7 +100,28 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
             )
 
 
-def download(repo_id: str) -> Path:
+class HubModel(NamedTuple):
+    """A model on the Hub."""
+
+    name: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def on_the_hub(path: Path) -> HubModel | None:
+    """Return the model that a path means which is not here: owner/name, owner/name@revision, or the
+    address of its page (in which a Path has one slash for two)."""
+    page = r"https?:/+(?:huggingface\.co|hf\.co)/([^/@]+/[^/@]+)(?:/(?:tree|blob)/([^/]+).*)?"
+    short = r"([^/@]+/[^/@]+)(?:@([^/]+))?"
+    found = re.fullmatch(page, path.as_posix()) or re.fullmatch(short, path.as_posix())
+    if not found or path.suffix == ".pt" or path.exists() or not is_hub_id(found[1]):
+        return None
+    return HubModel(name=found[1], revision=found[2])
+
+
+def download(there: HubModel) -> Path:
     """The local folder with a Hub model's weights, configuration and tokenizer.
 
     Takes it from the local cache where the Hub cannot be reached. Raises InputError.
@@ -106,12 +129,13 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=FILES))
+        options = {"repo_id": there.name, "revision": there.revision}
+        folder = Path(snapshot_download(**options, allow_patterns=FILES))
         if not list(folder.glob("model*.safetensors")):  # most repos hold all weights twice
-            snapshot_download(repo_id, allow_patterns=OLDER_FILES)
+            snapshot_download(**options, allow_patterns=OLDER_FILES)
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         raise InputError(
-            f"there is no checkpoint {repo_id} here, and it cannot be downloaded {explain(error)}"
+            f"there is no checkpoint {there} here, and it cannot be downloaded {explain(error)}"
         ) from error
     return folder
 
@@ -137,21 +161,19 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
     return model.to(device).eval()
 
 
-def is_on_the_hub(path: Path) -> bool:
-    """Whether what is not here could be there."""
-    return path.suffix != ".pt" and not path.exists() and is_hub_id(path.as_posix())
-
-
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
-    """The model of a .pt file, a published model's folder or a Hub id, and the checkpoint itself.
+    """The model of a .pt file, of a published model's folder or the weights in it, or on the Hub,
+    and the checkpoint itself.
 
     Raises InputError as `load_checkpoint`, `read_folder`, `download` and `build_model` do.
     """
     path = Path(path)
     if path.is_dir():
         checkpoint = read_folder(path)
-    elif is_on_the_hub(path):
-        checkpoint = read_folder(download(path.as_posix()))
+    elif path.name in WEIGHTS and path.is_file():
+        checkpoint = read_folder(path.parent)
+    elif there := on_the_hub(path):
+        checkpoint = read_folder(download(there))
     else:
         checkpoint = load_checkpoint(path)
     return build_model(checkpoint, path, device), checkpoint
@@ -182,13 +204,14 @@ class Start(NamedTuple):
 def load_start(path: Path) -> Start:
     """Read a model to start from. Raises InputError as `load_model` does."""
     path = Path(path)
-    if not (path.exists() or is_on_the_hub(path)):
+    there = on_the_hub(path)
+    if not (path.exists() or there):
         raise InputError(
             f"there is no {path} to start from: pass --init_from with a .pt file, a folder, or a "
             "Hub id, owner and name, as in openai-community/gpt2"
         )
     model, _ = load_model(path)
-    name = str(path.resolve()) if path.exists() else path.as_posix()
+    name = str(there or path.resolve())
     origin = {"checkpoint": name, "sha256": weights_sha256(model.state_dict())}
     return Start(config=model.config, weights=model.state_dict(), origin=origin)
 

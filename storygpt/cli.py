@@ -11,6 +11,7 @@ it. So a script that is run (not one that is imported) begins with these lines, 
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -63,6 +64,11 @@ def progress_bar(**options):
 def one_line(error: Exception) -> str:
     """Return what an exception says, without line breaks; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return text without the characters by which it could give orders to a terminal."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def command_line(script: str, **flags) -> str:

@@ -1,5 +1,5 @@
-"""Script: FOLDER REPO_ID [--private] [--replace]: publishes a folder that upload_to_hf.py has built,
-and no more: what can go wrong on the way to the Hub needs no second build."""
+"""Script: FOLDER REPO_ID [--private] [--replace]: publishes a folder that was built, and no more:
+what can go wrong on the way to the Hub needs no second build."""
 
 import sys
 from pathlib import Path
