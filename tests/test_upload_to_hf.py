@@ -472,6 +472,106 @@ def test_one_commit_is_the_folder_and_the_same_again_is_none(script, folders, hu
     assert TOKEN.encode() not in b"".join(kept)
 
 
+@pytest.fixture
+def sends(script, fails, folders, tmp_path):
+    """sends(hub, *flags, says="", folder=..., repo="you/StoryGPT") publishes a built folder, with
+    what it then says, or fails with that sentence."""
+
+    def send(hub, *flags, folder=folders[1][1], repo="you/StoryGPT", says="", refused=""):
+        environment = hub.environment(tmp_path / "hf")
+        command = ("publish_folder.py", folder, repo, *flags)
+        if refused:
+            return fails(*command, says=refused, **environment)
+        result = script(*command, **environment)
+        assert result.code == 0 and says in result.output, result.output
+
+    return send
+
+
+def test_nothing_of_a_model_published_before_is_left_and_all_of_others_is(
+    folders, hub, sends, tmp_path
+):
+    sends(hub)
+    repo = hub.repos["models/you/StoryGPT"]
+    mine = {"notes/idea.txt": b"mine", "LICENSE": b"mine", "samples.csv": b"mine"}
+    repo.commits.append(repo.commits[-1] | mine)
+    # shards of ours, as a larger model would have
+    shards = {f"model-0000{i}-of-00002.safetensors": b"\0" for i in (1, 2)}
+    shards["model.safetensors.index.json"] = b"{}"
+    repo.commits.append(repo.commits[-1] | shards)
+    repo.titles[len(repo.commits) - 1] = repo.titles[1]
+    other = shutil.copytree(folders[0][1], tmp_path / "other")
+    for name in ("StoryGPT.gguf", "loss_plot.png"):
+        (other / name).unlink()
+    sends(hub, folder=other)
+    assert repo.commits[-1] == files_of(other) | mine | {".gitattributes": b""}
+    assert len(repo.commits) == 5  # of which this was one
+
+
+def test_a_card_edited_on_the_hub_stays_while_its_weights_do(folders, hub, sends):
+    sends(hub)
+    repo, (_, other) = hub.repos["models/you/StoryGPT"], folders[0]
+    edited = {"README.md": b"---\nlanguage: en\n---\nMine.\n"}
+    repo.commits.append(repo.commits[-1] | edited)
+    sends(hub, says="nothing changed")
+    sends(hub, folder=other, refused="have put there (README.md): pass another --repo_id")
+    repo.commits.append(repo.commits[-1] | {"loss_plot.png": b"newer", "StoryGPT.gguf": b"newer"})
+    sends(hub, refused="have put there (StoryGPT.gguf, loss_plot.png): pass another --repo_id")
+    assert len(repo.commits) == 4
+    sends(hub, "--replace", folder=other)
+    assert repo.commits[-1] == files_of(other) | {".gitattributes": b""}
+    assert repo.commits[3]["README.md"] == edited["README.md"]
+    sends(hub, folder=folders[1][1])  # ours again, and replaced as ever
+
+
+def test_the_weights_alone_decide_whether_an_edited_card_stays(folders, hub, sends, tmp_path):
+    """Other files may be newer."""
+    sends(hub)
+    repo = hub.repos["models/you/StoryGPT"]
+    repo.commits.append(repo.commits[-1] | {"README.md": b"---\nlanguage: en\n---\nMine.\n"})
+    newer = shutil.copytree(folders[1][1], tmp_path / "newer")
+    (newer / "loss_plot.png").write_bytes(PLOT + b"longer")
+    sends(hub, folder=newer, says="published")
+    assert repo.commits[-1]["README.md"].endswith(b"Mine.\n")
+    assert repo.commits[-1]["loss_plot.png"] == PLOT + b"longer"
+
+
+def test_a_model_of_others_is_not_replaced_unless_a_flag_says_so(hub, sends, folders):
+    theirs = {"config.json": b"{}", "pytorch_model.bin": b"\0", "adapter_config.json": b"{}"}
+    hub.add("models/you/StoryGPT", theirs | {"paper.pdf": b"theirs"})
+    sends(hub, refused="(adapter_config.json, config.json, pytorch_model.bin)")
+    hub.add("models/you/Weights", {"some.gguf": b"\0"})
+    sends(hub, repo="you/Weights", refused="(some.gguf)")
+    hub.add("models/you/Notes", {"paper.pdf": b"theirs", "results.json": b"{}"})
+    sends(hub, repo="you/Notes")
+    sends(hub, "--replace")
+    repo = hub.repos["models/you/StoryGPT"]
+    whole = files_of(folders[1][1]) | {".gitattributes": b"", "paper.pdf": b"theirs"}
+    assert repo.commits[-1] == whole
+
+
+def test_a_space_is_left_to_whoever_edits_it_and_sent_only_with_its_model(
+    script, fails, gpt2_run, small_run, hub, tmp_path
+):
+    environment = hub.environment(tmp_path / "hf")
+    publish = ("upload_to_hf.py", *small_run.flags, "--space")
+    assert script(*publish, **environment).code == 0
+    model, page = (
+        hub.repos[f"{name}"] for name in ("models/you/StoryGPT", "spaces/you/StoryGPT-space")
+    )
+    edited = page.commits[-1]["README.md"].replace(b"title:", b"emoji: x\ntitle:")
+    page.commits.append(page.commits[-1] | {"README.md": edited})
+    result = script(*publish, **environment)
+    assert result.code == 0 and "its README.md was edited there, and is kept" in result.output
+    assert result.output.count("nothing changed") == 2 and page.commits[-1]["README.md"] == edited
+    # of other weights: neither is sent, though the model's own repo holds nothing of others
+    other = ("upload_to_hf.py", *gpt2_run.flags, "--space")
+    fails(*other, says="you/StoryGPT-space holds what others", **environment)
+    assert len(model.commits) == 2 and len(page.commits) == 3
+    assert script(*other, "--replace", **environment).code == 0
+    assert len(model.commits) == 3 and page.commits[-1]["README.md"] == page.commits[1]["README.md"]
+
+
 # (faults, what the output says, exit status, commits on the server); Retry-After keeps waits short
 PLANNED = {
     "401": ([Fault("create", 401)], "HTTP 401): the Hub does not know this token", 1, 0),
