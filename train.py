@@ -48,7 +48,8 @@ class FirstFlags:
     """What the defaults of all other flags depend on."""
 
     preset: PresetName | None = None
-    """Where all other defaults come from: storygpt, the 57M reference; demo, small; gpt2, 124M."""
+    """Where all other defaults come from, by size: demo, 3m, 10m, 30m, storygpt (57M, the reference
+    and the default), gpt2 (124M); docs/training.md says which for which machine."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for checkpoints, metrics.jsonl and loss_plot.png."""
     resume: bool = False
@@ -131,7 +132,7 @@ def parse_arguments() -> Beginning:
         gpt = start.config
     defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
     arguments = cli.parse_flags(Arguments, defaults)
-    training = arguments.training.with_learning_rates(arguments.gpt.n_embd)
+    training = arguments.training.filled_in(arguments.gpt.n_embd)
     arguments = replace(arguments, training=training)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
