@@ -77,7 +77,7 @@ def parse(name: str, flags: list[str], monkeypatch) -> None:
 def test_commands_parse(path, monkeypatch):
     found = commands(read(path))
     started = [what for words in found if (what := script_and_flags(words))]
-    assert started or not found
+    assert started or {words[0] for words in found} <= {"make"}
     for name, flags in started:
         assert (ROOT / name).is_file(), name
         try:
