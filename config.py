@@ -13,7 +13,7 @@ PresetName = Literal["demo", "3m", "10m", "30m", "storygpt", "gpt2"]
 
 
 def may_change(default):
-    """Declare a field in which a resumed run may differ: it says when and where, not what."""
+    """Declares a field in which a resumed run may differ: it says when and where, not what."""
     return field(default=default, metadata={"may_change": True})
 
 
@@ -95,7 +95,7 @@ class TrainingConfig:
         check_training_config(self)
 
     def filled_in(self, n_embd: int) -> "TrainingConfig":
-        """Return the same recipe with numbers for what is None, for a model of that width.
+        """Returns the same recipe with numbers for what is None, for a model of that width.
 
         Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
         """
@@ -117,7 +117,7 @@ MAY_CHANGE = frozenset(f.name for f in fields(TrainingConfig) if f.metadata.get(
 
 
 def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
-    """Return the shape and the recipe of a preset, by size: docs/training.md says what to expect.
+    """Returns the shape and the recipe of a preset, by size: docs/training.md says what to expect.
 
     Raises InputError where there is none of that name.
     """
