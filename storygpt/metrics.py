@@ -16,7 +16,7 @@ from model import GPT
 from storygpt.cli import command_line, one_line, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.files import BEST, FINAL, PLOT, save_figure, write_atomically
-from storygpt.telling import tell
+from storygpt.generation import GenerationSettings, generate_stories
 
 
 def parse_metrics(text: bytes, path: Path) -> list[dict]:
@@ -214,7 +214,7 @@ class Log:
 
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         """Adds the first 60 tokens of a story, told from nothing."""
-        ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
+        ((story, _),) = generate_stories(model, "", [seed], GenerationSettings(max_new_tokens=60))
         entry["sample"] = " ".join(story.split())
 
     def ending(self, status: int, best_val_loss: float, data_dir: Path, tracker: str) -> str:
