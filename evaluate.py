@@ -1,9 +1,10 @@
 """Script: how well a checkpoint predicts a split, and how the stories that it generates read beside
 held-out ones."""
 
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt import cli
 
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import json
 import math
@@ -16,7 +17,8 @@ import torch
 from config import InputError, check_whole
 from model import GPT, check_sampling
 from storygpt.checkpoint import load_model
-from storygpt.device import pick_device
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt.device import use_device
 from storygpt.files import EVALUATION, write_atomically
 from storygpt.generation import GenerationSettings
 from storygpt.judging.judge import collect_stories, judge_stories
@@ -142,7 +144,7 @@ def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
 def main() -> None:
     arguments = parse_flags(Arguments)
     check(arguments)
-    model, checkpoint = load_model(arguments.checkpoint, pick_device(arguments.device))
+    model, checkpoint = load_model(arguments.checkpoint, use_device(arguments.device))
     meta = load_meta(arguments.data_dir, model.config.vocab_size)
     model.loss_function = chunked_cross_entropy
     report = score(model, checkpoint, meta, arguments)

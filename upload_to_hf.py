@@ -3,10 +3,10 @@
 Builds the whole model repo in a folder first, then sends it as a single commit.
 """
 
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
-from storygpt.files import EVALUATION, writing
+from storygpt import cli
 
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import json
 import math
@@ -20,6 +20,8 @@ from string import Template
 from typing import Literal
 
 from config import InputError, check_whole
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt.files import EVALUATION, writing
 from storygpt.hub import find_token, is_hub_id, publish
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 

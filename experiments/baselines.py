@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError, check_whole
 from storygpt.checkpoint import load_model
 from storygpt.cli import command_line, parse_flags, run
-from storygpt.device import pick_device
+from storygpt.device import use_device
 from storygpt.files import write_atomically
 from storygpt.judging.measures import NUM_RESAMPLES
 from storygpt.judging.story_losses import logits_of, story_losses
@@ -184,7 +184,7 @@ def main() -> None:
     check_whole("batch_size", arguments.batch_size, 1)
     if not arguments.models:
         raise InputError("there is no model to score: name one, as in `baselines.py gpt2`")
-    device = pick_device(arguments.device)
+    device = use_device(arguments.device)
     texts, of = read_stories(arguments)
     lines, missing = read_earlier(arguments.output, of), {}
     for name in arguments.models:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# isort: split
+from storygpt import cli
 
-from storygpt import cli  # first: it answers Ctrl-C while torch loads
-
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import json
 import os
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from config import GPTConfig, InputError, TrainingConfig, check_whole
 from model import GPT
-from storygpt.device import autocast, dtype_name, peak_memory, pick_device, pick_dtype
+from storygpt.device import autocast, dtype_name, peak_memory, pick_dtype, use_device
 from storygpt.kernels import pack_linears, speed_up_training
 from storygpt.optimizer import Optimizer
 from storygpt.token_files import SPLITS, load_meta, load_tokens
@@ -396,7 +395,7 @@ def make_setting(arguments: Arguments) -> Setting:
         ) from error
     transformers.logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high")
-    device, quick = pick_device(arguments.device), arguments.quick
+    device, quick = use_device(arguments.device), arguments.quick
     on_gpu = device.type == "cuda"
     return Setting(
         gpt=arguments.gpt,

@@ -75,10 +75,15 @@ def save_figure(figure, path: Path, dpi: int) -> None:
 
 
 def refuse_pointers(paths: list[Path]) -> None:
-    """Raise InputError where git has left the pointer to a large file instead of the file."""
+    """Raise InputError where git has left the pointer to a large file instead of the file, or one
+    cannot be read."""
     for path in paths:
-        with path.open("rb") as file:
-            if file.read(60).startswith(b"version https://git-lfs.github.com/spec/"):
-                raise InputError(
-                    f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
-                )
+        try:
+            with path.open("rb") as file:
+                start = file.read(60)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        if start.startswith(b"version https://git-lfs.github.com/spec/"):
+            raise InputError(
+                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
+            )

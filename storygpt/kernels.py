@@ -47,8 +47,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return x_grad * loss_grad, weight_grad * loss_grad, None, None
 
 
-# Inside a compiled graph the chunks' products are put off until all chunks are in memory at once.
-@torch.compiler.disable
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`model.cross_entropy` without the logits of a whole batch, its largest tensor, in memory.
 
@@ -90,8 +88,10 @@ def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causa
 
 
 def speed_up_training(model: GPT, device: torch.device) -> None:
-    """Puts into the model what computes the same in less time or memory on this device."""
-    model.loss_function = chunked_cross_entropy
+    """Put into the model what computes the same in less time or memory on this device."""
+    # Inside a compiled graph the chunks' products would be put off until all chunks are in memory
+    # at once. (Not a decorator: it loads the compiler, a second that only training has to wait.)
+    model.loss_function = torch.compiler.disable(chunked_cross_entropy)
     if device.type == "cpu":
         for block in model.h:
             block.attn.attention = attention_on_cpu

@@ -1,10 +1,13 @@
 """Fixtures: tiny prepared data, a tiny trained run, and scripts run as a user runs them."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +133,88 @@ def python(*arguments, timeout: float = 300, **keywords) -> subprocess.Completed
     command = [sys.executable, *(str(argument) for argument in arguments)]
     keywords = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout} | keywords
     return subprocess.run(command, **keywords)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, which is strict JSON."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=no_json) for line in lines]
+
+
+def no_json(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def wait_for_step(process, folder: Path, step: int) -> None:
+    """Waits until a run that a test has started has written the line of that step."""
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.002)
+
+
+def losses_of(folder) -> list[float]:
+    """The train loss of every step of a run."""
+    return [line.get("train_loss") for line in metrics_of(folder)]
+
+
+def entries(number: int, first: int = 1) -> list[dict]:
+    """Lines of metrics.jsonl: a loss that falls, evaluated every fifth step, best at the tenth."""
+    lines = []
+    for step in range(first, first + number):
+        line = {"step": step, "tokens": 1_000 * step, "train_loss": 5 / step}
+        line |= {"tokens_per_second": 500.0, "epoch": step / 100}
+        if step % 5 == 0:
+            line["val_loss"] = 2 + abs(step - 10) / 10
+        lines.append(line)
+    return lines
+
+
+SMALL = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=8)
+
+
+def new_checkpoint(**changes) -> dict:
+    """What save_checkpoint takes, of a SMALL model with seeded weights."""
+    torch.manual_seed(0)
+    return {
+        "gpt_config": SMALL,
+        "training_config": TrainingConfig(),
+        "model_state_dict": GPT(SMALL).state_dict(),
+        "step": 7,
+        "val_loss": 1.5,
+    } | changes
+
+
+@pytest.fixture
+def flags(data_dir, tmp_path) -> list:
+    """The flags of a new tiny run in tmp_path / "run"."""
+    return [*TINY, "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+
+
+@pytest.fixture
+def copy_of_run(run_dir, tmp_path) -> Path:
+    """A finished run of 20 steps that a test may spoil."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def set_up(data_dir, tmp_path, monkeypatch):
+    """set_up(*flags) -> what `train.py` trains with, of a new tiny run in tmp_path / "run"."""
+    import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+
+    def made(*flags):
+        folders = ["--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *folders, *flags])
+        return train.set_up(train.parse_arguments())
+
+    yield made
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
