@@ -16,7 +16,7 @@ import torch
 
 from config import InputError, check_whole
 from model import GPT, check_sampling
-from storygpt.checkpoint import load_model
+from storygpt.checkpoint import load_to_generate
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 from storygpt.device import use_device
 from storygpt.files import EVALUATION, write_atomically
@@ -24,7 +24,7 @@ from storygpt.generation import GenerationSettings
 from storygpt.judging.judge import collect_stories, judge_stories
 from storygpt.judging.measures import story_table
 from storygpt.judging.story_losses import logits_of, story_losses
-from storygpt.kernels import chunked_cross_entropy, pack_linears
+from storygpt.kernels import chunked_cross_entropy
 from storygpt.losses import exact_loss
 from storygpt.sources import BUILTIN
 from storygpt.token_files import (
@@ -144,7 +144,7 @@ def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
 def main() -> None:
     arguments = parse_flags(Arguments)
     check(arguments)
-    model, checkpoint = load_model(arguments.checkpoint, use_device(arguments.device))
+    model, checkpoint = load_to_generate(arguments.checkpoint, use_device(arguments.device))
     meta = load_meta(arguments.data_dir, model.config.vocab_size)
     model.loss_function = chunked_cross_entropy
     report = score(model, checkpoint, meta, arguments)
@@ -157,7 +157,6 @@ def main() -> None:
         f"               {report['story_bits_per_byte']:.4f} with each story alone"
     )
     if arguments.num_stories:
-        pack_linears(model)  # from here on it generates
         report |= judge(model, meta, arguments)
         print(f"\n{arguments.num_stories} stories each, with 95 % intervals:\n")
         print(f"{story_table(report['columns'])}\n")
