@@ -1,11 +1,12 @@
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import get_args
 
 import pytest
 from conftest import ROOT
 
-from config import GPTConfig, InputError, TrainingConfig, preset
+from config import GPTConfig, InputError, PresetName, TrainingConfig, preset
 
 # The reference's own table, field by field, and what it leaves to us: GPT-2's initialization and
 # betas, and how often to save.
@@ -18,26 +19,29 @@ REFERENCE = {
     "eval_iters": 100, "save_minutes": 10.0, "keep_interval": 0, "dtype": "auto", "device": "auto",
     "compile": None, "seed": 1337,
 }  # fmt: skip
-# The demo's 1,500 steps of 1,536 tokens were fitted to it: experiments/RESULTS.md.
-DEMO = REFERENCE | {
-    "vocab_size": 4096, "context_length": 192, "n_layer": 2, "n_embd": 128, "dropout": 0.0,
-    "init_std": 0.09, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1_500,
-    "warmup_steps": 50, "learning_rate": 8e-3, "min_lr": 2e-4, "weight_decay": 0.01,
-    "story_windows": 0.75, "eval_interval": 150, "eval_iters": 10, "dtype": "float32",
-}  # fmt: skip
-# GPT-2's smallest, of Radford et al., 2019, trained by the same recipe.
-GPT2 = REFERENCE | {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 
 
-@pytest.mark.parametrize(
-    ("name", "table"), [("storygpt", REFERENCE), ("demo", DEMO), ("gpt2", GPT2)]
-)
-def test_presets_are_the_tables(name, table):
-    gpt, training = preset(name)
+def test_the_default_is_the_reference():
+    gpt, training = preset("storygpt")
+    assert (gpt, training) == (GPTConfig(), TrainingConfig())
     chosen = asdict(gpt) | asdict(training.with_learning_rates(gpt.n_embd))
-    assert chosen.pop("min_lr") == pytest.approx(table["min_lr"])  # a tenth of 3e-4 has rounding
-    assert chosen == {key: value for key, value in table.items() if key != "min_lr"}
-    assert (asdict(GPTConfig()) | asdict(TrainingConfig())).keys() == table.keys()
+    assert chosen.pop("min_lr") == pytest.approx(REFERENCE["min_lr"])  # a tenth of 3e-4, rounded
+    assert chosen == {key: value for key, value in REFERENCE.items() if key != "min_lr"}
+
+
+def test_every_preset_is_complete_and_another_name_is_refused():
+    for name in get_args(PresetName):
+        gpt, training = preset(name)
+        assert training.with_learning_rates(gpt.n_embd).learning_rate > 0
+    with pytest.raises(InputError, match="there is no preset large"):
+        preset("large")
+
+
+def test_an_optimizer_of_another_name_gets_no_learning_rate():
+    recipe = TrainingConfig()
+    object.__setattr__(recipe, "optimizer", "sgd")  # as one whose checks somebody forgot
+    with pytest.raises(InputError, match="sgd"):
+        recipe.with_learning_rates(512)
 
 
 @pytest.mark.parametrize(

@@ -296,10 +296,6 @@ def test_the_table_of_sizes_counts_as_the_model_does():
         assert model.flops_per_token() / 1e6 == pytest.approx(float(mflops), rel=0.02)
 
 
-def test_the_readme_is_short():
-    assert len(read(ROOT / "README.md").splitlines()) <= 150
-
-
 # --- train.slurm, with stand-ins for Slurm's own commands ---
 
 
