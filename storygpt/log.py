@@ -15,8 +15,8 @@ from model import GPT
 from storygpt.cli import command_line, one_line, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.files import BEST, FINAL, PLOT
+from storygpt.generation import GenerationSettings, generate_stories
 from storygpt.metrics import draw_loss_plot
-from storygpt.telling import tell
 
 Tracker = Literal["none", "wandb", "trackio"]
 
@@ -112,7 +112,8 @@ class Log:
         self._attempt(self._add_sample, entry, model, seed)
 
     def _add_sample(self, entry: dict, model: GPT, seed: int) -> None:
-        ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
+        settings = GenerationSettings(max_new_tokens=60)
+        ((story, _),) = generate_stories(model, "", [seed], settings)
         entry["sample"] = " ".join(story.split())
 
     def _show(self, entry: dict) -> None:
