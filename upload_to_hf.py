@@ -86,7 +86,7 @@ def check(arguments: Arguments) -> None:
 
 
 def space_of(repo_id: str) -> str:
-    """Return the name of a model's Space."""
+    """Returns the name of a model's Space."""
     return f"{repo_id}-space"
 
 
@@ -120,7 +120,7 @@ def table(rows: Iterable[tuple]) -> str:
 
 
 def history(record) -> str:
-    """Say what the weights come from, as the card's first lines do."""
+    """Says what the weights come from, as the card's first lines do."""
     from storygpt.sources import BUILTIN
 
     data, base = record.data, record.base_model
@@ -142,7 +142,7 @@ def history(record) -> str:
 
 
 def in_llama_cpp(repo_id: str, prompt: str) -> str:
-    """Return the card's section on StoryGPT.gguf."""
+    """Returns the card's section on StoryGPT.gguf."""
     return f"""In Ollama or llama.cpp, from [StoryGPT.gguf](StoryGPT.gguf):
 
 ```sh
@@ -152,8 +152,8 @@ llama-cli -hf {repo_id} --single-turn -p {prompt}
 
 
 def how_stories_read(path: Path, record) -> str:
-    """Return the card's table of what evaluate.py wrote to `path`, or nothing, saying why."""
-    from storygpt.measures import story_table
+    """Returns the card's table of what evaluate.py wrote to `path`, or nothing, saying why."""
+    from storygpt.judging.measures import story_table
 
     if not path.is_file():
         return ""
@@ -179,7 +179,7 @@ def how_stories_read(path: Path, record) -> str:
 
 
 def card_data(arguments: Arguments, record, metrics: dict):
-    """Return the head of the card, which programs read, as a huggingface_hub ModelCardData."""
+    """Returns the head of the card, which programs read, as a huggingface_hub ModelCardData."""
     from huggingface_hub import EvalResult, ModelCardData
 
     from storygpt.sources import BUILTIN
@@ -213,21 +213,21 @@ def card_data(arguments: Arguments, record, metrics: dict):
 
 
 def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Path):
-    """Return the repo's README.md as a huggingface_hub ModelCard.
+    """Returns the repo's README.md as a huggingface_hub ModelCard.
 
     `beside`: the folder whose loss plot and evaluation are the checkpoint's.
     """
     from huggingface_hub import ModelCard
 
+    from storygpt.generation import generate_stories
     from storygpt.record import opening_of
-    from storygpt.telling import tell
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
     metrics = evaluation(record, config.context_length)
     prompt, seeds = opening_of(checkpoint), range(arguments.seed, arguments.seed + 3)
     shell_prompt = shlex.quote(prompt)
-    told = zip(seeds, tell(model, prompt, seeds), strict=True)
+    told = zip(seeds, generate_stories(model, prompt, seeds), strict=True)
     imports = ["import torch", "from huggingface_hub import hf_hub_download"]
     if config.vocab_size == GPT2_VOCAB_SIZE:
         imports, tokenizer = ["import tiktoken", *imports], 'tiktoken.get_encoding("gpt2")'
@@ -269,7 +269,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
 
 
 def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict) -> None:
-    """Fill the empty `folder` with all files of the model repo."""
+    """Fills the empty `folder` with all files of the model repo."""
     from storygpt.checkpoint import KEYS, save_checkpoint
     from storygpt.formats import write_folder
     from storygpt.gguf import write_gguf
@@ -320,8 +320,8 @@ def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
 
 
 def check_data(arguments: Arguments, checkpoint: dict) -> None:
-    """Raise InputError where --data_dir holds other data than a checkpoint was trained on; say what
-    the card lacks where the checkpoint does not know."""
+    """Raises InputError where --data_dir holds other data than a checkpoint was trained on; says
+    what the card lacks where the checkpoint does not know that."""
     from storygpt.record import fingerprint_of
 
     known, data_dir = fingerprint_of(checkpoint), arguments.data_dir

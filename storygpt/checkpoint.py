@@ -111,8 +111,8 @@ class HubModel(NamedTuple):
 
 
 def on_the_hub(path: Path) -> HubModel | None:
-    """Return the model that a path means which is not here: owner/name, owner/name@revision, or the
-    address of its page (in which a Path has one slash for two)."""
+    """Returns the model that a path means, if it is none here: owner/name, owner/name@revision, or
+    the address of its page (in which a Path has one slash for two)."""
     page = r"https?:/+(?:huggingface\.co|hf\.co)/([^/@]+/[^/@]+)(?:/(?:tree|blob)/([^/]+).*)?"
     short = r"([^/@]+/[^/@]+)(?:@([^/]+))?"
     found = re.fullmatch(page, path.as_posix()) or re.fullmatch(short, path.as_posix())
@@ -202,7 +202,7 @@ class Start(NamedTuple):
 
 
 def load_start(path: Path) -> Start:
-    """Read a model to start from. Raises InputError as `load_model` does."""
+    """Reads a model to start from. Raises InputError as `load_model` does."""
     path = Path(path)
     there = on_the_hub(path)
     if not (path.exists() or there):

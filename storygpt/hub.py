@@ -112,7 +112,7 @@ class Built(NamedTuple):
 
     @property
     def commit_title(self) -> str:
-        """Return the title by which a file is known as ours ever after."""
+        """Returns the title by which a file is known as ours ever after."""
         return f"Upload StoryGPT's {self.kind}"
 
 
@@ -138,7 +138,7 @@ class Published(NamedTuple):
 
 
 def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
-    """Send each folder as one commit to its repo, made if need be, once all of them may be sent.
+    """Sends each folder as one commit to its repo, made if need be, once all of them may be sent.
 
     What our last commit put there and the folder lacks is deleted. What others have put there is
     not touched, with `replace` alone: a README.md edited there is kept where the weights, those of
@@ -162,7 +162,7 @@ def publish(repos: list[Built], token: str, private: bool, replace: bool) -> lis
 
 @contextmanager
 def failures_explained(repo: Built, token: str) -> Iterator[None]:
-    """Say in one sentence, an InputError, why a repo could not be published."""
+    """Says in one sentence, an InputError, why a repo could not be published."""
     try:
         yield
     except InputError:
@@ -173,7 +173,7 @@ def failures_explained(repo: Built, token: str) -> Iterator[None]:
 
 
 def check_card(repo: Built) -> None:
-    """Raise InputError where the Hub refuses what a README.md says at its head."""
+    """Raises InputError where the Hub refuses what a README.md says at its head."""
     from huggingface_hub import RepoCard
 
     card = RepoCard.load(repo.folder / "README.md")
@@ -186,7 +186,7 @@ def check_card(repo: Built) -> None:
 
 
 def make_plan(api, repo: Built, private: bool, replace: bool, same_weights: bool | None) -> Plan:
-    """Open a repo, made if need be, and see what sending a folder there would do.
+    """Opens a repo, made if need be, and see what sending a folder there would do.
 
     With `same_weights` None they are looked for. Raises InputError where what others have put there
     is in the way, or the repo is public and was not to be.
@@ -235,13 +235,13 @@ def make_plan(api, repo: Built, private: bool, replace: bool, same_weights: bool
 
 
 def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256."""
+    """Returns a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def send(api, repo: Built, plan: Plan) -> Published:
-    """Make the one commit."""
+    """Makes the one commit."""
 
     def upload():
         return api.upload_folder(

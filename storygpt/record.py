@@ -63,7 +63,7 @@ class Record:
     """Of all weights: whoever changes them has another model, and none of these numbers."""
 
     def begun(self) -> dict:
-        """Return what was known as its run began: "record" in a checkpoint, see `begin_record`."""
+        """Returns what was known as its run began: "record" in a checkpoint, see `begin_record`."""
         return {"data": self.data and asdict(self.data), "init_from": self.init_from}
 
     @property
@@ -73,14 +73,14 @@ class Record:
         return name if is_hub_id(name) else None
 
     def public(self) -> "Record":
-        """Return what everybody may know: no path of this machine."""
+        """Returns what everybody may know: no path of this machine."""
         if not self.init_from or self.base_model:
             return self
         return replace(self, init_from={"sha256": self.init_from["sha256"]})
 
 
 def read_begun(begun: dict | None) -> tuple[Data | None, dict[str, str] | None]:
-    """Return the data and the origin in what a file has as "record", if it has one.
+    """Returns the data and the origin in what a file has as "record", if it has one.
 
     Raises AttributeError, KeyError, TypeError or ValueError where that is not as we write it.
     """
@@ -93,13 +93,13 @@ def read_begun(begun: dict | None) -> tuple[Data | None, dict[str, str] | None]:
 
 
 def from_dict(known: dict) -> Record:
-    """Read a record from its fields. Raises as `read_begun` does."""
+    """Reads a record from its fields. Raises as `read_begun` does."""
     data, origin = read_begun(known)
     return Record(**known | {"data": data, "init_from": origin})
 
 
 def describe_data(meta: dict) -> Data:
-    """Return what a model trained on the data folder with this meta.json remembers of it."""
+    """Returns what a model trained on the data folder with this meta.json remembers of it."""
     # only what is on the Hub has a revision: a path of this machine may be spelled alike
     public = meta["dataset"] in BUILTIN or meta.get("revision")
     return Data(
@@ -113,12 +113,12 @@ def describe_data(meta: dict) -> Data:
 
 
 def begin_record(meta: dict, init_from: dict[str, str] | None) -> dict:
-    """Return what every checkpoint of a run on this data holds as "record"."""
+    """Returns what every checkpoint of a run on this data holds as "record"."""
     return {"data": asdict(describe_data(meta)), "init_from": init_from}
 
 
 def record_of(checkpoint: dict) -> Record:
-    """Return what a checkpoint says of its model; one of an older version knows no data."""
+    """Returns what a checkpoint says of its model; one of an older version knows no data."""
     data, _ = read_begun(checkpoint.get("record"))
     weights = own_weights(checkpoint["model_state_dict"])
     return Record(
@@ -136,29 +136,29 @@ def record_of(checkpoint: dict) -> Record:
 
 
 def origin_of(checkpoint: dict) -> dict[str, str] | None:
-    """Return the origin of the weights that a checkpoint's run started from, if any."""
+    """Returns the origin of the weights that a checkpoint's run started from, if any."""
     return checkpoint.get("record", checkpoint).get("init_from")
 
 
 def fingerprint_of(checkpoint: dict) -> str | None:
-    """Return the fingerprint of a checkpoint's data, where it says it."""
+    """Returns the fingerprint of a checkpoint's data, where it says it."""
     data = checkpoint["record"]["data"] if "record" in checkpoint else None
     return data["fingerprint"] if data else checkpoint.get("data")
 
 
 def opening_of(checkpoint: dict) -> str:
-    """Return how most stories of a checkpoint's data begin: what to ask its model for."""
+    """Returns how most stories of a checkpoint's data begin: what to ask its model for."""
     data = checkpoint["record"]["data"] if "record" in checkpoint else None
     return data["openings"][0][0] if data and data["openings"] else PROMPT
 
 
 def own_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's parameters by name: the head is the embedding once more."""
+    """Returns a model's parameters by name: the head is the embedding once more."""
     return {name: weight for name, weight in state_dict.items() if name != "lm_head.weight"}
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of all weights, by sorted name: the same weights have the same sum in a
+    """Returns the SHA-256 of all weights, by sorted name: the same weights have the same sum in a
     .pt file, a folder and on the Hub."""
     digest = hashlib.sha256()
     for name, weight in sorted(own_weights(state_dict).items()):

@@ -37,7 +37,7 @@ class TrainState:
     saved_step: int = 0
 
     def checkpoint(self, gpt: GPTConfig, training: TrainingConfig, facts: RunFacts) -> dict:
-        """Return what every checkpoint holds."""
+        """Returns what every checkpoint holds."""
         return {
             "gpt_config": gpt,
             "training_config": training,
@@ -48,7 +48,7 @@ class TrainState:
         }
 
     def resume_state(self, facts: RunFacts) -> dict:
-        """Return what StoryGPT_latest.pt holds beside it."""
+        """Returns what StoryGPT_latest.pt holds beside it."""
         return {
             "best_val_loss": self.best_val_loss,
             "skipped_steps": self.skipped_steps,
@@ -58,7 +58,7 @@ class TrainState:
         }
 
     def load(self, latest: dict, path: Path) -> None:
-        """Go on from a StoryGPT_latest.pt read from `path`.
+        """Goes on from a StoryGPT_latest.pt read from `path`.
 
         Raises InputError where something is lacking or does not fit.
         """
@@ -76,7 +76,7 @@ class TrainState:
             ) from error
 
     def stop_if_diverged(self, entry: dict, directory: Path, config: TrainingConfig) -> None:
-        """Raise InputError, before anything is saved, where training has gone wrong for good.
+        """Raises InputError, before anything is saved, where training has gone wrong for good.
 
         `entry` is what metrics.jsonl would say of the step.
         """
@@ -95,6 +95,6 @@ class TrainState:
 
 
 def check_resumable(checkpoint: dict) -> None:
-    """Raise InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
+    """Raises InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
     if "dtype" not in checkpoint:
         raise InputError("it holds weights alone, or is of an older version")

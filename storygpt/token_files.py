@@ -108,7 +108,7 @@ def bits_per_byte(loss: float, counts: dict) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """Return e to the power of a mean loss in nats: infinite where no float is as large."""
+    """Returns e to the power of a mean loss in nats: infinite where no float is as large."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 

@@ -178,7 +178,7 @@ MAY_CHANGE = {"device": "cuda", "compile": True, "save_minutes": 1.0, "keep_inte
 
 
 def test_every_setting_that_changes_the_result_is_refused(tmp_path):
-    gpt, training = GPTConfig(), TrainingConfig().with_learning_rates(512)
+    gpt, training = GPTConfig(), TrainingConfig().filled_in(512)
     folder, resumed = RunFolder(tmp_path), {"gpt_config": gpt, "training_config": training}
     changed = {
         "optimizer": "muon",
@@ -215,18 +215,6 @@ def test_foreign_optimizer_state_is_refused(fails, data_dir, run_dir, tmp_path):
     ):  # fmt: skip
         save_checkpoint(tmp_path / "StoryGPT_latest.pt", changed)
         fails("train.py", *flags, says="cannot be resumed")
-
-
-def test_divergence_ends_the_run_and_names_the_last_good_checkpoint(script, data_dir, tmp_path):
-    flags = [*flags_of(data_dir, tmp_path), "--learning_rate", "1e18", "--grad_clip", "0"]
-    result = script("train.py", *flags)
-    assert result.code == 1 and "Traceback" not in result.output
-    error = re.search(r"^error: step (\d+) has .*$", result.output, re.M)
-    assert "StoryGPT_latest.pt" in error[0] or "no step was saved" in error[0]
-    assert "--learning_rate" in error[0]
-    kept = load_checkpoint(tmp_path / "StoryGPT_latest.pt")
-    assert kept["step"] < int(error[1])
-    assert all(torch.isfinite(w).all() for w in kept["model_state_dict"].values())
 
 
 def test_float16_counts_its_skipped_steps_and_the_schedule_waits(script, data_dir, tmp_path):

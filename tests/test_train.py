@@ -19,7 +19,6 @@ from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from storygpt.distributed import Processes
 from storygpt.files import FINAL, LATEST
 from storygpt.losses import estimate_loss
-from storygpt.metrics import draw_loss_plot
 from storygpt.token_files import load_meta, load_tokens
 
 
@@ -180,12 +179,6 @@ def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, da
         loss = estimate_loss(model, tokens, 64, 4, 4, torch.device("cpu"), torch.float32)
         assert loss == pytest.approx(expected, rel=1e-5)  # of the weights themselves
     assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["best_val_loss"] == losses[0]
-
-
-def test_plot_of_a_run_without_evaluations_is_left_out(tmp_path):
-    draw_loss_plot([], tmp_path / "a.png")
-    draw_loss_plot([{"step": 1, "tokens": 5, "train_loss": 3.0}], tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
 
 
 def test_mistakes_are_named_before_any_step(fails, data_dir, run_dir, tmp_path):

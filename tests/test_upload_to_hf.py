@@ -30,7 +30,7 @@ from model import GPT
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import KEYS, load_checkpoint, load_model, save_checkpoint
 from storygpt.files import BEST, EVALUATION
-from storygpt.measures import ROWS
+from storygpt.judging.measures import ROWS
 from storygpt.record import begin_record, weights_sha256
 from storygpt.token_files import data_fingerprint
 from storygpt.tokenizer import gpt2_file, load_tokenizer
@@ -98,7 +98,7 @@ def make_run(folder: Path, opening: str = "Once upon a time", **changes) -> Simp
     (folder / "meta.json").write_text(json.dumps(meta))
     checkpoint = {
         "gpt_config": config,
-        "training_config": TrainingConfig().with_learning_rates(config.n_embd),
+        "training_config": TrainingConfig().filled_in(config.n_embd),
         "model_state_dict": model.state_dict(),
         "step": 1000,
         "val_loss": 3.5,
@@ -297,7 +297,7 @@ def test_every_number_on_the_card_is_the_models(folders):
     for run, folder in folders:
         card, config = ModelCard.load(folder / "README.md"), run.model.config
         theirs = GPT2LMHeadModel.from_pretrained(folder).num_parameters()
-        zeros = 0 if config.bias else 2 * (2 + 3 + 1 + 1 + 4 + 1) * 32 + 32
+        zeros = 0 if config.bias else 2 * (1 + 3 + 1 + 1 + 4 + 1) * 32 + 32
         assert f" language model of {theirs - zeros:,} parameters " in card.text
         recipe = TrainingConfig()
         tokens = 1000 * recipe.batch_size * recipe.gradient_accumulation_steps * 64
@@ -546,8 +546,7 @@ def test_a_model_of_others_is_not_replaced_unless_a_flag_says_so(hub, sends, fol
     sends(hub, repo="you/Notes")
     sends(hub, "--replace")
     repo = hub.repos["models/you/StoryGPT"]
-    whole = files_of(folders[1][1]) | {".gitattributes": b"", "paper.pdf": b"theirs"}
-    assert repo.commits[-1] == whole
+    assert repo.commits[-1] == files_of(folders[1][1]) | {"paper.pdf": b"theirs"}
 
 
 def test_a_space_is_left_to_whoever_edits_it_and_sent_only_with_its_model(
@@ -556,9 +555,7 @@ def test_a_space_is_left_to_whoever_edits_it_and_sent_only_with_its_model(
     environment = hub.environment(tmp_path / "hf")
     publish = ("upload_to_hf.py", *small_run.flags, "--space")
     assert script(*publish, **environment).code == 0
-    model, page = (
-        hub.repos[f"{name}"] for name in ("models/you/StoryGPT", "spaces/you/StoryGPT-space")
-    )
+    model, page = hub.repos["models/you/StoryGPT"], hub.repos["spaces/you/StoryGPT-space"]
     edited = page.commits[-1]["README.md"].replace(b"title:", b"emoji: x\ntitle:")
     page.commits.append(page.commits[-1] | {"README.md": edited})
     result = script(*publish, **environment)
