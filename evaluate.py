@@ -108,7 +108,6 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
         batch_size=arguments.batch_size,
     )
     return {
-        "weights_sha256": weights_sha256(checkpoint["model_state_dict"]),
         "step": checkpoint["step"],
         "data": data_fingerprint(meta),
         "split": arguments.split,
@@ -150,7 +149,8 @@ def main() -> None:
     model, checkpoint = load_to_generate(arguments.checkpoint, use_device(arguments.device))
     meta = load_meta(arguments.data_dir, model.config.vocab_size)
     model.loss_function = chunked_cross_entropy
-    report = score(model, checkpoint, meta, arguments)
+    report = {"weights_sha256": weights_sha256(checkpoint["model_state_dict"])}
+    report |= score(model, checkpoint, meta, arguments)
     print(
         f"{arguments.checkpoint} (step {report['step']:,}) on {report['tokens']:,} "
         f"{arguments.split} tokens\n"

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -23,6 +24,7 @@ from storygpt.checkpoint import load_checkpoint, load_model, load_start, save_ch
 from storygpt.files import BEST
 from storygpt.formats import tokenizer_files, write_folder
 from storygpt.gguf import CHAT_TEMPLATE, write_gguf
+from storygpt.record import weights_sha256
 from storygpt.tokenizer import load_tokenizer, story_text
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 50257}
@@ -373,21 +375,80 @@ def test_the_settings_that_others_read_are_the_models_own(tmp_path):
     assert (told.temperature, told.top_k) == (default.temperature, default.top_k)
     for ids in (theirs, told):
         assert ids.eos_token_id == ids.bos_token_id == ids.pad_token_id == 299
-    assert loaded.keys() == run.keys()
+    assert loaded.keys() == {*run, "record"}
     assert all(loaded[key] == run[key] for key in run.keys() - {"model_state_dict"})
+    assert loaded["record"] == {"data": None, "init_from": None}  # as much as there was
+
+
+def tune(tensors: dict) -> dict:
+    return {name: weight + 0.01 for name, weight in tensors.items()}
+
+
+def tune_biases(tensors: dict) -> dict:
+    return tensors | {n: t + 0.01 for n, t in tensors.items() if n.endswith("bias")}
+
+
+CHANGED = {
+    "tuned": tune,
+    "only zeros that stood for no bias": tune_biases,
+    "another precision": lambda tensors: {n: t.bfloat16() for n, t in tensors.items()},
+    "one number": lambda t: t | {"wpe.weight": t["wpe.weight"].index_fill(0, torch.tensor(0), 0)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_an_entry_is_believed_of_the_weights_it_was_written_for_alone(change, fails, tmp_path):
+    """By whatever program they were changed; those of others keep our entry in config.json."""
+    from transformers import AutoModelForCausalLM
+
+    config = GPTConfig(
+        vocab_size=300, context_length=48, n_layer=2, n_head=2, n_embd=16, bias=False
+    )
+    torch.manual_seed(0)
+    run = {"gpt_config": config, "model_state_dict": GPT(config).state_dict()}
+    run |= {"training_config": TrainingConfig(), "step": 7, "val_loss": 2.5}
+    write_folder(tmp_path, run)
+    right = load_model(tmp_path)[1]
+    assert (right["step"], right["val_loss"]) == (7, 2.5) and not right["gpt_config"].bias
+    rewrite(tmp_path, CHANGED[change])
+    model, loaded = load_model(tmp_path)
+    assert loaded.keys() == {"gpt_config", "model_state_dict", "step", "val_loss"}
+    assert (loaded["step"], loaded["val_loss"]) == (0, math.inf)
+    assert loaded["gpt_config"].bias == ("tuned" in change or "zeros" in change)
+    x = torch.arange(40)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert (model(x)[0] - theirs(x).logits).abs().max() <= 1e-4
+    flags = ("--repo_id", "you/Tuned", "--dry_run", "--output_dir", tmp_path / "out")
+    says = "was never evaluated by train.py: train on to the next evaluation, or start from it with"
+    fails("upload_to_hf.py", *flags, "--checkpoint", tmp_path, says=says)
+
+
+def test_a_folder_published_before_there_was_a_sum_is_weights_alone(tmp_path):
+    """As 4f20429 wrote it: no record, and names with `transformer.`."""
+    folder = write_gpt2(tmp_path / "gpt2")
+    known = {"bias": True, "step": 9, "val_loss": 1.5, "training_config": asdict(TrainingConfig())}
+    model, loaded = load_model(edit_config(folder, storygpt=known))
+    assert loaded.keys() == {"gpt_config", "model_state_dict", "step", "val_loss"}
+    assert load_start(folder).origin["sha256"] == weights_sha256(model.state_dict())
+    with pytest.raises(InputError, match=r"config.json is damaged or not a checkpoint"):
+        load_model(edit_config(folder, storygpt={"record": {"data": 1}}))
 
 
 def test_a_private_origin_is_not_published(script, tmp_path):
     config, state_dict, origin = load_start(write_gpt2(tmp_path / "gpt2"))
-    run = {"gpt_config": config, "model_state_dict": state_dict, "init_from": origin}
+    run = {"gpt_config": config, "model_state_dict": state_dict}
     run |= {"training_config": TrainingConfig(), "step": 7, "val_loss": 2.5}
+    run |= {"record": {"data": None, "init_from": origin}}
     save_checkpoint(tmp_path / "run.pt", run)
     flags = ("--repo_id", "you/StoryGPT", "--checkpoint", tmp_path / "run.pt", "--dry_run")
     out = tmp_path / "out"
-    result = script("upload_to_hf.py", *flags, "--data_dir", tmp_path, "--output_dir", out)
+    result = script("upload_to_hf.py", *flags, "--output_dir", out)
     assert result.code == 0, result.output
     card = (out / "README.md").read_text()
     assert "base_model" not in card and "from weights of another run" in card
+    published = load_checkpoint(out / "checkpoints" / BEST)["record"]["init_from"]
+    assert published == {"sha256": origin["sha256"]}
     assert str(tmp_path).encode() not in b"".join(p.read_bytes() for p in out.rglob("*.*"))
 
 
