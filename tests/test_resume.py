@@ -178,7 +178,7 @@ MAY_CHANGE = {"device": "cuda", "compile": True, "save_minutes": 1.0, "keep_inte
 
 
 def test_every_setting_that_changes_the_result_is_refused(tmp_path):
-    gpt, training = GPTConfig(), TrainingConfig().with_learning_rates(512)
+    gpt, training = GPTConfig(), TrainingConfig().filled_in(512)
     folder, resumed = RunFolder(tmp_path), {"gpt_config": gpt, "training_config": training}
     changed = {
         "optimizer": "muon",

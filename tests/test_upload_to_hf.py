@@ -87,7 +87,7 @@ def make_run(folder: Path, **changes) -> SimpleNamespace:
     folder.mkdir()
     checkpoint = {
         "gpt_config": config,
-        "training_config": TrainingConfig().with_learning_rates(config.n_embd),
+        "training_config": TrainingConfig().filled_in(config.n_embd),
         "model_state_dict": model.state_dict(),
         "step": 1000,
         "val_loss": 3.5,
