@@ -7,11 +7,11 @@ import numpy as np
 CHUNK_TOKENS = 2**20  # of train.bin, looked through at once
 GAP = 2**16  # stands before each story: no token
 BASE = np.uint64(0x9E3779B97F4A7C15)
-OTHER_BITS = np.uint64(64 - 22)  # of a hash: behind its first 22, of which a table fits a cache
+TABLE_BITS = 22  # the first of a hash, by which a table has its place
 
 
 def chunks(tokens: np.ndarray, overlap: int) -> Iterator[np.ndarray]:
-    """Yield (at most overlap + CHUNK_TOKENS,) tokens at a time.
+    """Yields (at most overlap + CHUNK_TOKENS,) tokens at a time.
 
     Each chunk begins with the last `overlap` of the one before: no run of so many is cut in two.
     """
@@ -20,7 +20,7 @@ def chunks(tokens: np.ndarray, overlap: int) -> Iterator[np.ndarray]:
 
 
 def window_hashes(ids: np.ndarray, n: int, at: np.ndarray | None = None) -> np.ndarray:
-    """Return the hashes, uint64, of the windows of `n` ids that start `at` these places, or at all.
+    """Returns the hashes, uint64, of the windows of `n` ids that start `at` these places, or all.
 
     A polynomial modulo 2**64 (Karp & Rabin, 1987): two different windows have the same by a
     chance of about 2**-64, which in a search of all of TinyStories comes to 1 in 100,000.
@@ -30,6 +30,11 @@ def window_hashes(ids: np.ndarray, n: int, at: np.ndarray | None = None) -> np.n
     for i in range(n):
         hashes = hashes * BASE + ids[i:][places]
     return hashes
+
+
+def table_places(hashes: np.ndarray) -> np.ndarray:
+    """Returns the places of `hashes` in the table of a `CopySearch`."""
+    return hashes >> np.uint64(64 - TABLE_BITS)
 
 
 class CopySearch:
@@ -45,12 +50,12 @@ class CopySearch:
         self.ids = np.concatenate([np.append(GAP, story) for story in stories])
         self.found = {n: np.zeros(len(self.ids), bool) for n in lengths}
         self.longest, self.longest_at, self.shortest = 0, 0, min(lengths)
-        self.table = np.zeros(2**22, bool)  # rules most of a chunk's windows out at one look
-        self.table[window_hashes(self.ids, self.shortest) >> OTHER_BITS] = True
+        self.table = np.zeros(2**TABLE_BITS, bool)  # rules most windows of a chunk out at one look
+        self.table[table_places(window_hashes(self.ids, self.shortest))] = True
 
     def scan(self, chunk: np.ndarray) -> None:
-        """Look for the stories' windows in the (tokens,) uint16 `chunk`."""
-        at = np.flatnonzero(self.table[window_hashes(chunk, self.shortest) >> OTHER_BITS])
+        """Looks for the stories' windows in the (tokens,) uint16 `chunk`."""
+        at = np.flatnonzero(self.table[table_places(window_hashes(chunk, self.shortest))])
         for n, found in self.found.items():
             found |= self._stands(n, chunk, at)
         longer = max(self.shortest, self.longest + 1)
@@ -59,7 +64,7 @@ class CopySearch:
             longer += 1
 
     def share(self, n: int) -> np.ndarray:
-        """Return the share of each story's tokens inside a run of at least `n` that was found:
+        """Returns the share of each story's tokens inside a run of at least `n` that was found:
         (stories,) float64, NaN for an empty story."""
         covered = np.zeros(len(self.ids), bool)
         for i in range(n):  # a window covers its first token, its second, ...
@@ -68,12 +73,12 @@ class CopySearch:
         return np.array([story[1:].mean() if len(story) > 1 else np.nan for story in stories])
 
     def longest_run(self) -> np.ndarray:
-        """Return the ids of the longest run that was found."""
+        """Returns the ids of the longest run that was found."""
         return self.ids[self.longest_at : self.longest_at + self.longest]
 
     def _stands(self, n: int, chunk: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Say of each position of `ids` whether its window of `n` tokens is one of those that start
-        `at` these places of `chunk`."""
+        """Says of each position of `ids` whether its window of `n` tokens is one of those that
+        start `at` these places of `chunk`."""
         there = window_hashes(chunk, n, at[at <= len(chunk) - n])
         stands = np.zeros(len(self.ids), bool)
         own = window_hashes(self.ids, n)
