@@ -95,7 +95,8 @@ def read_begun(begun: dict | None) -> tuple[Data | None, dict[str, str] | None]:
 def from_dict(known: dict) -> Record:
     """Reads a record from its fields. Raises as `read_begun` does."""
     data, origin = read_begun(known)
-    return Record(**known | {"data": data, "init_from": origin})
+    numbers = {"step": int(known["step"]), "val_loss": float(known["val_loss"])}
+    return Record(**known | numbers | {"data": data, "init_from": origin})
 
 
 def describe_data(meta: dict) -> Data:
@@ -104,7 +105,7 @@ def describe_data(meta: dict) -> Data:
     public = meta["dataset"] in BUILTIN or meta.get("revision")
     return Data(
         name=meta["dataset"] if public else None,
-        subset=meta.get("subset"),
+        subset=meta.get("subset") if public else None,
         commit=meta.get("revision"),
         fingerprint=data_fingerprint(meta),
         splits={split: {name: meta["splits"][split][name] for name in COUNTS} for split in SPLITS},

@@ -42,7 +42,8 @@ def test_what_a_run_begins_with_is_a_plain_dict_of_its_data_and_origin():
 
 def test_a_path_of_this_machine_is_no_name_of_a_data_set():
     for path in ("/home/me/stories", "my/stories", "data/mine.txt", "../up", "stories"):
-        assert begin_record(meta(dataset=path, revision=None), None)["data"]["name"] is None, path
+        data = begin_record(meta(dataset=path, revision=None), None)["data"]
+        assert data["name"] is data["subset"] is data["commit"] is None, path
     for name in ("builtin", "sample"):
         assert begin_record(meta(dataset=name, revision=None), None)["data"]["name"] == name
 
