@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +108,10 @@ def bits_per_byte(loss: float, counts: dict) -> float:
 
 def perplexity(loss: float) -> float:
     """Returns e to the power of a mean loss in nats: infinite where no float is as large."""
-    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def load_tokens(
