@@ -49,7 +49,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         trouble = "the Hub has trouble: run the same command again later"
-        unknown = trouble if status >= 500 else "the Hub refuses the request"
+        unknown = trouble if status >= 500 else error.server_message or "the Hub does not say why"
         return f"(HTTP {status}): {REFUSALS.get(status, unknown)}"
     if isinstance(error, OfflineModeIsEnabled):
         return "(HF_HUB_OFFLINE is set): unset it and run the same command again"

@@ -572,6 +572,7 @@ def test_a_space_is_left_to_whoever_edits_it_and_sent_only_with_its_model(
 # (faults, what the output says, exit status, commits on the server); Retry-After keeps waits short
 PLANNED = {
     "401": ([Fault("create", 401)], "HTTP 401): the Hub does not know this token", 1, 0),
+    "402": ([Fault("create", 402)], "HTTP 402): planned", 1, 0),  # the Hub's own sentence
     "403": ([Fault("preupload", 403)], "HTTP 403): the token may not do that", 1, 0),
     "404": ([Fault("commit", 404)], "HTTP 404): there is no such repo, or the token cannot", 1, 0),
     "409": ([Fault("commit", 409)], "HTTP 409): the repo is being changed", 1, 0),
