@@ -467,6 +467,7 @@ for name, kind in (("auto", AutoTokenizer), ("gpt2", GPT2Tokenizer)):
     told[name] = tokenizer(texts)["input_ids"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     ids = model.generate(**batch, do_sample=False, max_length=None, max_new_tokens=32)
+    told[name + " end"] = tokenizer("Tom" + tokenizer.eos_token)["input_ids"][-1]
     told[name + " batch"] = [ids[i, len(ids[i]) - 32 :].tolist() for i in range(len(texts))]
 json.dump(told, sys.stdout)
 """
@@ -489,6 +490,7 @@ def test_a_batch_tells_what_each_prompt_alone_tells(storyteller, python, tmp_pat
     assert result.returncode == 0, result.stderr
     theirs = json.loads(result.stdout)
     end_of_text = model.config.vocab_size - 1
+    assert theirs["auto end"] == theirs["gpt2 end"] == end_of_text
     for i, (_, ids) in enumerate(beginnings):
         assert theirs["auto"][i] == theirs["gpt2"][i] == ids
         expected = model.generate(torch.tensor([ids]), 32, 0)[0, len(ids) :].tolist()

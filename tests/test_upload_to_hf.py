@@ -23,6 +23,7 @@ from hub_server import TOKEN, Fault, Hub
 from huggingface_hub import constants
 from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 
 import upload_to_hf
 from config import GPTConfig, InputError, TrainingConfig
@@ -245,6 +246,8 @@ def test_the_checkpoint_is_weights_only_and_the_code_is_ours(folders):
         assert theirs.lm_head.weight is theirs.wte.weight
         for name in ("model.py", "config.py"):
             assert (folder / name).read_bytes() == (root / name).read_bytes()
+        names = load_file(folder / "model.safetensors").keys()
+        assert "wte.weight" in names and not any("transformer." in name for name in names)
         modes = {path.stat().st_mode for path in folder.rglob("*.*") if path.is_file()}
         assert len(modes) == 1  # whoever may read one may read all
         assert set(files_of(folder)) == {
