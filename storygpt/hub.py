@@ -96,7 +96,7 @@ def retry(call: Callable[[], object]):
 
 # --- Publishing ---
 
-# A file of a model, whoever made it; what is none of these is in nobody's way.
+# A file of a model, whoever made it.
 OF_A_MODEL = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|jinja)|.*(config|index|_map|_tokens)\.json|"
     r"(tokenizer|vocab|merges)\..*"
@@ -140,9 +140,10 @@ class Published(NamedTuple):
 def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
     """Sends each folder as one commit to its repo, made if need be, once all of them may be sent.
 
-    What our last commit put there and the folder lacks is deleted. What others have put there is
-    not touched, with `replace` alone: a README.md edited there is kept where the weights, those of
-    the first of `repos`, are the same; anything else of theirs that is in the way is an InputError.
+    What an earlier commit of ours put there, and the folder lacks, is deleted. What others have put
+    there is touched with `replace` alone: without it a README.md edited there is kept where the
+    weights, those of the first of `repos`, are the same, and all else that is in the way is an
+    InputError.
     """
     from huggingface_hub import HfApi
 
@@ -152,8 +153,9 @@ def publish(repos: list[Built], token: str, private: bool, replace: bool) -> lis
     for repo in repos:
         with failures_explained(repo, token):
             check_card(repo)
-            same_weights = plans[0].same_weights if plans else None
-            plans.append(make_plan(api, repo, private, replace, same_weights))
+            commit, there = open_remote(api, repo, private)
+        same_weights = plans[0].same_weights if plans else None
+        plans.append(make_plan(repo, commit, there, same_weights=same_weights, replace=replace))
     for repo, plan in zip(repos, plans, strict=True):
         with failures_explained(repo, token):
             published.append(send(api, repo, plan))
@@ -185,15 +187,15 @@ def check_card(repo: Built) -> None:
         raise InputError(f"the Hub refuses the {repo.kind} card: {reasons}") from error
 
 
-def make_plan(api, repo: Built, private: bool, replace: bool, same_weights: bool | None) -> Plan:
-    """Opens a repo, made if need be, and see what sending a folder there would do.
+def open_remote(api, repo: Built, private: bool) -> tuple[str, dict]:
+    """Makes a repo if there is none; returns its commit, and its files by path as
+    huggingface_hub's RepoFile with the last commit of each.
 
-    With `same_weights` None they are looked for. Raises InputError where what others have put there
-    is in the way, or the repo is public and was not to be.
+    Raises InputError where it is public and was not to be.
     """
     from huggingface_hub import RepoFile
 
-    def open_repo():
+    def open_it():
         api.create_repo(
             repo.repo_id,
             repo_type=repo.kind,
@@ -201,27 +203,38 @@ def make_plan(api, repo: Built, private: bool, replace: bool, same_weights: bool
             exist_ok=True,
             space_sdk="gradio" if repo.kind == "space" else None,
         )
-        tree = {"recursive": True, "expand": True}  # with the last commit of every file
-        entries = list(api.list_repo_tree(repo.repo_id, repo_type=repo.kind, **tree))
-        return api.repo_info(repo.repo_id, repo_type=repo.kind), entries
+        tree = api.list_repo_tree(repo.repo_id, repo_type=repo.kind, recursive=True, expand=True)
+        return list(tree), api.repo_info(repo.repo_id, repo_type=repo.kind)
 
-    info, entries = retry(open_repo)
+    entries, info = retry(open_it)
     if private and not info.private:
         raise InputError(
             f"{repo.repo_id} exists and is public: make it private in its settings on the Hub, "
             "leave out --private, or pass another --repo_id"
         )
-    there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    return info.sha, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def make_plan(
+    repo: Built, commit: str, there: dict, same_weights: bool | None, replace: bool
+) -> Plan:
+    """Returns what sending a folder does to a repo that is at `commit` and holds the files `there`.
+
+    With `same_weights` None they are looked for. Raises InputError where what others have put there
+    is in the way.
+    """
     if same_weights is None:
         weights = there.get("model.safetensors")
-        sums = weights and weights.lfs and weights.lfs.sha256
-        same_weights = sums == file_sha256(repo.folder / "model.safetensors")
+        known = weights and weights.lfs and weights.lfs.sha256
+        same_weights = known == file_sha256(repo.folder / "model.safetensors")
     sent = {p.relative_to(repo.folder).as_posix() for p in repo.folder.rglob("*") if p.is_file()}
     titles = {path: entry.last_commit.title for path, entry in there.items()}
     if titles.get("README.md") == "initial commit":  # the Hub's own words, and nobody's
         del titles["README.md"]
     ours = {path for path, title in titles.items() if title == repo.commit_title}
-    theirs = {path for path in titles.keys() - ours if path in sent or OF_A_MODEL.fullmatch(path)}
+    theirs = {path for path in titles.keys() - ours if path in sent}
+    if not ours:  # a repo of theirs: what lies beside our files would be taken for part of them
+        theirs |= {path for path in titles if OF_A_MODEL.fullmatch(path)}
     keep_card = "README.md" in theirs and same_weights and not replace
     in_the_way = theirs - {"README.md"} if keep_card else theirs
     if in_the_way and not replace:
@@ -231,7 +244,7 @@ def make_plan(api, repo: Built, private: bool, replace: bool, same_weights: bool
             "this in its place"
         )
     gone = sorted((ours | in_the_way) - sent - {".gitattributes"})
-    return Plan(before=info.sha, same_weights=same_weights, keep_card=keep_card, delete=gone)
+    return Plan(before=commit, same_weights=same_weights, keep_card=keep_card, delete=gone)
 
 
 def file_sha256(path: Path) -> str:

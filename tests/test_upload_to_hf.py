@@ -496,7 +496,7 @@ def test_nothing_of_a_model_published_before_is_left_and_all_of_others_is(
 ):
     sends(hub)
     repo = hub.repos["models/you/StoryGPT"]
-    mine = {"notes/idea.txt": b"mine", "LICENSE": b"mine", "samples.csv": b"mine"}
+    mine = {"notes/idea.txt": b"mine", "LICENSE": b"mine", "StoryGPT-Q4_0.gguf": b"mine"}
     repo.commits.append(repo.commits[-1] | mine)
     # shards of ours, as a larger model would have
     shards = {f"model-0000{i}-of-00002.safetensors": b"\0" for i in (1, 2)}
