@@ -2,7 +2,7 @@
 
 Read `train` top to bottom, then what it calls. One process, or as many as `torchrun` starts.
 Nothing random is kept between steps: the batch of a step and its dropout are functions of (seed,
-step, micro-batch), so a resumed run is the run it resumes, and N processes do what one would.
+step, window), so a resumed run is the run it resumes, and N processes do what one would.
 """
 
 from storygpt import cli
@@ -150,7 +150,8 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     arguments, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
     processes = Processes()
-    processes.share(config.gradient_accumulation_steps)  # complains before anything is started
+    windows = config.batch_size * config.gradient_accumulation_steps
+    processes.share(windows)  # complains before anything is started
     device = processes.meet(machine.use_device(config.device))
     dtype = machine.pick_dtype(config.dtype, device)
     machine.check_fits(gpt, config.batch_size, device)
@@ -167,7 +168,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         tokens=train_tokens,
         end_of_text=meta["end_of_text"],
         seed=config.seed,
-        windows_per_step=config.batch_size * config.gradient_accumulation_steps,
+        windows_per_step=windows,
         context_length=gpt.context_length,
         story_windows=config.story_windows,
     )
@@ -293,22 +294,23 @@ def train_step(
     `model` is state.model, perhaps compiled and wrapped.
     """
     config, processes, device = setting.arguments.training, setting.processes, setting.device
-    own = processes.share(config.gradient_accumulation_steps)
+    own = processes.share(setting.batches.windows_per_step)
     state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
-    loss_sum = torch.zeros((), device=device)
-    for micro_batch in own:
-        first = micro_batch * config.batch_size
-        x, y = setting.batches(state.step, range(first, first + config.batch_size))
-        processes.average_next_backward(model, micro_batch == own[-1])
-        torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))  # of dropout
+    train_loss = torch.zeros((), device=device)
+    for first in range(own.start, own.stop, config.batch_size):
+        micro_batch = range(first, min(first + config.batch_size, own.stop))
+        x, y = setting.batches(state.step, micro_batch)
+        processes.average_next_backward(model, micro_batch.stop == own.stop)
+        torch.manual_seed(mixed_seed(config.seed, state.step, first))  # of dropout
         with machine.autocast(device, setting.dtype):
             _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
-        state.optimizer.backward(loss / len(own))  # DDP averages over processes
-        loss_sum += loss.detach()
+        loss = loss * (len(micro_batch) / len(own))  # DDP averages over processes
+        state.optimizer.backward(loss)
+        train_loss += loss.detach()
     learning_rate = state.optimizer.learning_rate
     grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
     state.skipped_steps += skipped
-    (train_loss, grad_norm), stop = processes.agree([loss_sum / len(own), grad_norm], stop)
+    (train_loss, grad_norm), stop = processes.agree([train_loss, grad_norm], stop)
     entry = {
         "step": state.step,
         "tokens": state.step * setting.batches.tokens_per_step,

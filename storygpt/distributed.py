@@ -53,17 +53,17 @@ class Processes:
         """Rank 0 alone writes and prints."""
         return self.rank == 0
 
-    def share(self, number: int) -> range:
-        """Return this process's part of `number` micro-batches.
+    def share(self, windows: int) -> range:
+        """Return which of a step's `windows` are this process's.
 
         Raises InputError where they do not divide among the processes.
         """
-        if number % self.world_size:
+        if windows % self.world_size:
             raise InputError(
-                f"gradient_accumulation_steps {number} does not divide among {self.world_size} "
-                f"processes: pass a multiple of {self.world_size}"
+                f"the {windows} windows of a step (batch_size × gradient_accumulation_steps) do not "
+                f"divide among {self.world_size} processes: make them a multiple"
             )
-        size = number // self.world_size
+        size = windows // self.world_size
         return range(self.rank * size, (self.rank + 1) * size)
 
     def meet(self, device: torch.device) -> torch.device:

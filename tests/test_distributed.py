@@ -177,13 +177,27 @@ def test_two_launchers_meet_as_two_nodes_and_meet_again_after_a_death(data_dir, 
     assert_close(tmp_path, single)
 
 
-def test_micro_batches_that_do_not_divide_are_named(script, data_dir, tmp_path):
-    flags = [*TINY, "--gradient_accumulation_steps", "3"]
+def test_windows_that_do_not_divide_among_processes_are_named(script, data_dir, tmp_path):
+    flags = [*TINY, "--batch_size", "3", "--gradient_accumulation_steps", "3"]
     flags += ["--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
     codes, (first, second) = ended(ranks(script, *flags))
     assert codes == [1, 1] and not second  # one speaks for both
-    assert "error: gradient_accumulation_steps 3 does not divide among 2" in first
+    assert "error: the 9 windows of a step" in first and "among 2 processes" in first
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("size", "number"), [(4, 3), (6, 1)])
+def test_processes_share_the_windows_of_a_step_however_they_are_cut(
+    size, number, script, data_dir, tmp_path
+):
+    """A process has 6 windows of 12, in micro-batches of 4 and 2; or 3 of the only micro-batch."""
+    flags = [*TINY, "--dropout", 0, "--max_steps", 5, "--batch_size", size, "--data_dir", data_dir]
+    flags += ["--gradient_accumulation_steps", number, "--checkpoint_dir"]
+    result = script("train.py", *flags, tmp_path / "one")
+    assert result.code == 0, result.output
+    codes, outputs = ended(ranks(script, *flags, tmp_path / "two"))
+    assert codes == [0, 0], outputs
+    assert_close(tmp_path / "two", tmp_path / "one")
 
 
 def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
