@@ -36,7 +36,7 @@ from storygpt.kernels import speed_up_training
 from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
-from storygpt.run_folder import RunFolder, check_same_data
+from storygpt.run_folder import RunFolder, check_same_data, check_same_run
 from storygpt.state import RunFacts, TrainState
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens
 
@@ -77,6 +77,8 @@ class Setting:
 
     arguments: Arguments
     processes: Processes
+    folder: RunFolder | None
+    """The main process's; the others write nothing."""
     device: torch.device
     dtype: torch.dtype
     batches: Batches
@@ -88,6 +90,9 @@ class Beginning(NamedTuple):
     """What a run begins with."""
 
     arguments: Arguments
+    processes: Processes
+    folder: RunFolder | None
+    """Of the main process alone, which has locked it."""
     latest: dict | None
     """The StoryGPT_latest.pt to resume from, if any."""
     start: Start | None
@@ -96,34 +101,54 @@ class Beginning(NamedTuple):
 
 def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
-    beginning = parse_arguments()
+    first, processes = cli.parse_first(FirstFlags), Processes()
+    folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
+    beginning = None
     try:
+        beginning = find_run(first, processes, folder)
         setting, state = set_up(beginning)
         status = train(setting, state)
     except Exception as error:
-        if cli.is_out_of_memory(error):
+        if beginning and cli.is_out_of_memory(error):
             raise cli.advice_on_memory(beginning.arguments.training) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
             ) from error
         raise
-    setting.processes.part()
+    finally:
+        if folder:
+            folder.close()
+    processes.part()
     sys.exit(status)
 
 
 # --- Setting up ---
 
 
-def parse_arguments() -> Beginning:
-    """Read the command line, and what it says to resume or to start from.
+def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) -> Beginning:
+    """Find out what to train: what the command line says, and the run that it resumes.
 
     Raises InputError where a run would be overwritten or changed.
     """
-    first = cli.parse_first(FirstFlags)
-    folder, processes = RunFolder(first.checkpoint_dir), Processes()
-    latest = folder.unfinished() if first.resume or processes.restarted else None
     start = load_start(first.init_from) if first.init_from else None
+    resume = first.resume or processes.restarted
+    if not resume:
+        parse_arguments(first, start, latest=None)  # mistakes come before a folder is made
+    if folder:
+        folder.lock()
+    latest = RunFolder(first.checkpoint_dir).find(resume)
+    arguments = parse_arguments(first, start, latest)
+    if latest:
+        origin = start.origin if start else None
+        check_same_run(latest, arguments.gpt, arguments.training, origin=origin)
+    if first.resume and processes.is_main:
+        print(resumption(latest))
+    return Beginning(arguments, processes, folder, latest, start)
+
+
+def parse_arguments(first: FirstFlags, start: Start | None, latest: dict | None) -> Arguments:
+    """Parse all flags; what they leave out is as in the run that goes on, or of the preset."""
     gpt, training = preset(first.preset or "storygpt")
     if latest and not first.preset:
         gpt, training = latest["gpt_config"], latest["training_config"]
@@ -131,25 +156,25 @@ def parse_arguments() -> Beginning:
         gpt = start.config
     defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
     arguments = cli.parse_flags(Arguments, defaults)
-    training = arguments.training.with_learning_rates(arguments.gpt.n_embd)
-    arguments = replace(arguments, training=training)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
-    if latest:
-        origin = start.origin if start else None
-        folder.check_same_run(latest, gpt=arguments.gpt, training=training, origin=origin)
-    else:
-        folder.check_unused()
-    if first.resume and processes.is_main:
-        print(f"resuming after step {latest['step']:,}" if latest else "starting a new run")
-    return Beginning(arguments=arguments, latest=latest, start=start)
+    training = arguments.training.with_learning_rates(arguments.gpt.n_embd)
+    return replace(arguments, training=training)
+
+
+def resumption(latest: dict | None) -> str:
+    """Say what --resume has found."""
+    if not latest:
+        return "starting a new run"
+    if latest["step"] == 0:
+        return "beginning again with the settings of this run, which had not come to save a step"
+    return f"resuming after step {latest['step']:,}"
 
 
 def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     """Make what a new or a resumed run trains with. Raises InputError."""
-    arguments, latest, start = beginning
+    arguments, processes, folder, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
-    processes = Processes()
     windows = config.batch_size * config.gradient_accumulation_steps
     processes.share(windows)  # complains before anything is started
     device = processes.meet(machine.use_device(config.device))
@@ -185,6 +210,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     setting = Setting(
         arguments=arguments,
         processes=processes,
+        folder=folder,
         device=device,
         dtype=dtype,
         batches=batches,
@@ -196,7 +222,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
 
 def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
     """Return what a new run will keep for good, or a resumed one has kept."""
-    arguments, latest, start = beginning
+    arguments, latest, start = beginning.arguments, beginning.latest, beginning.start
     new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
     if not latest:
         origin = start.origin if start else None
@@ -213,14 +239,14 @@ def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
 
 def train(setting: Setting, state: TrainState) -> int:
     """Train to the last step, or until there is a reason to stop; return the exit status."""
-    arguments, processes = setting.arguments, setting.processes
+    arguments, processes, folder = setting.arguments, setting.processes, setting.folder
     config, directory = arguments.training, arguments.checkpoint_dir
     compiled = machine.compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
-    folder, log = begin(setting, state) if processes.is_main else (None, None)
+    log = begin(setting, state) if processes.is_main else None
     if setting.facts.init_from and state.step == 0:
-        evaluate_start(setting, state, compiled, folder=folder, log=log)
+        evaluate_start(setting, state, compiled, log)
 
     deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
     last_save = time.monotonic()
@@ -263,7 +289,7 @@ def train(setting: Setting, state: TrainState) -> int:
             if names or stop or began - last_save >= 60 * config.save_minutes:
                 if not evaluated:
                     check_new_weights(setting, state, entry)
-                save(setting, state, folder, [*names, LATEST])
+                save(setting, state, [*names, LATEST])
                 last_save = began
 
             # --- Log ---
@@ -350,11 +376,7 @@ def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
 
 
 def evaluate_start(
-    setting: Setting,
-    state: TrainState,
-    model: nn.Module,
-    folder: RunFolder | None,
-    log: Log | None,
+    setting: Setting, state: TrainState, model: nn.Module, log: Log | None
 ) -> None:
     """Evaluate step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
@@ -364,20 +386,19 @@ def evaluate_start(
     state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)
     if setting.processes.is_main:
         entry["init_from"] = setting.facts.init_from
-        folder.append(entry)
-        save(setting, state, folder, [BEST, LATEST])
+        setting.folder.append(entry)
+        save(setting, state, [BEST, LATEST])
         log.add(entry)
 
 
 # --- What the main process saves and prints ---
 
 
-def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
-    """Lock the run's folder, save a first checkpoint so that a bad disk is found now, and say what
-    the run will be."""
-    arguments, directory = setting.arguments, setting.arguments.checkpoint_dir
-    config, folder = arguments.training, RunFolder(directory)
-    metrics = folder.open(state.step)
+def begin(setting: Setting, state: TrainState) -> Log:
+    """Save a first checkpoint, so that a bad disk is found now, and say what the run will be."""
+    arguments, folder = setting.arguments, setting.folder
+    config, directory = arguments.training, arguments.checkpoint_dir
+    metrics = folder.cut(state.step)
     track = start_tracker(
         arguments.tracker,
         settings=asdict(arguments.gpt) | asdict(config),
@@ -385,10 +406,10 @@ def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
         directory=directory,
     )
     done = state.step == config.max_steps  # but killed before FINAL was written
-    save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
+    save(setting, state, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
     print(banner(setting, state.model))
-    log = Log(
+    return Log(
         metrics=metrics,
         step=state.step,
         max_steps=config.max_steps,
@@ -398,7 +419,6 @@ def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
         device=setting.device,
         dtype=setting.dtype,
     )
-    return folder, log
 
 
 def banner(setting: Setting, model: GPT) -> str:
@@ -412,12 +432,12 @@ def banner(setting: Setting, model: GPT) -> str:
     )
 
 
-def save(setting: Setting, state: TrainState, folder: RunFolder, names: list[str]) -> None:
+def save(setting: Setting, state: TrainState, names: list[str]) -> None:
     """Save the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
     arguments, facts = setting.arguments, setting.facts
     checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
-    folder.save(names, checkpoint, state.resume_state(facts))
+    setting.folder.save(names, checkpoint, state.resume_state(facts))
 
 
 if __name__ == "__main__":

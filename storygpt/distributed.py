@@ -60,8 +60,8 @@ class Processes:
         """
         if windows % self.world_size:
             raise InputError(
-                f"the {windows} windows of a step (batch_size × gradient_accumulation_steps) do not "
-                f"divide among {self.world_size} processes: make them a multiple"
+                f"the {windows} windows of a step (batch_size × gradient_accumulation_steps) do "
+                f"not divide among {self.world_size} processes: make them a multiple"
             )
         size = windows // self.world_size
         return range(self.rank * size, (self.rank + 1) * size)

@@ -5,8 +5,10 @@ import os
 import re
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,98 +31,60 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
         )
 
 
+def check_same_run(
+    resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None
+) -> None:
+    """Raises InputError with every setting in which these would change a resumed run.
+
+    `origin` is that of --init_from, where it was passed.
+    """
+    before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
+    now = asdict(gpt) | asdict(training)
+    differences = [
+        f"{name} was {before[name]} and is now {now[name]}"
+        for name in before
+        if name not in MAY_CHANGE and before[name] != now[name]
+    ]
+    begun = resumed.get("init_from") or {}
+    if origin and origin["sha256"] != begun.get("sha256"):
+        was = begun.get("checkpoint", "nothing")
+        differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
+    if differences:
+        raise InputError(
+            f"--resume would change the run: {'; '.join(differences)}. "
+            "Leave those flags out, or pass another --checkpoint_dir without --resume"
+        )
+
+
+class Found(NamedTuple):
+    """What there is in a run's folder."""
+
+    what: Literal["nothing", "a run begun", "a run", "a finished run"]
+    """A run begun has saved no step, but the settings it began with."""
+    latest: dict | None
+    """What StoryGPT_latest.pt holds, if there is one."""
+
+
 class RunFolder:
     """One run's checkpoints and metrics on disk."""
 
     def __init__(self, directory: Path):
         self.directory = directory
+        # Ends with its process, however that ends: a lock that is a file's existence would not.
+        self.guard = FileLock(directory / ".lock", fallback_to_soft=False)
+        self.made = [p for p in (directory, *directory.parents) if not p.exists()]
         self.writer, self.pending_save = ThreadPoolExecutor(1), Future()
         self.pending_save.set_result(None)
 
-    def unfinished(self) -> dict | None:
-        """The checkpoint to go on from; None where no step was ever saved.
+    def lock(self) -> None:
+        """Lock the folder, made if need be, before anything in it is looked at.
 
-        Raises InputError where a run's checkpoint is gone or damaged.
+        Raises InputError where another process has it.
         """
-        latest = self.directory / LATEST
-        if not latest.exists() and (held := self.held()):
-            raise InputError(
-                f"{self.directory} has {held} but not {LATEST}, from which alone a run can be "
-                "resumed: put it back, or pass another --checkpoint_dir"
-            )
-        checkpoint = self.load_latest() if latest.exists() else None
-        return checkpoint if checkpoint and checkpoint["step"] else None
-
-    def load_latest(self) -> dict:
-        """What was saved to go on from. Raises InputError where it cannot be read."""
-        try:
-            checkpoint = load_checkpoint(self.directory / LATEST)
-            check_resumable(checkpoint)
-            return checkpoint
-        except InputError as error:
-            raise InputError(
-                f"{self.directory} cannot be resumed ({error}): put a good {LATEST} there, or pass "
-                f"another --checkpoint_dir, and --init_from to start from this run's {BEST}"
-            ) from error
-
-    def check_same_run(
-        self, resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None
-    ) -> None:
-        """Raises InputError with every setting in which these would change a resumed run.
-
-        `origin` is that of --init_from, where it was passed.
-        """
-        before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
-        now = asdict(gpt) | asdict(training)
-        differences = [
-            f"{name} was {before[name]} and is now {now[name]}"
-            for name in before
-            if name not in MAY_CHANGE and before[name] != now[name]
-        ]
-        begun = resumed.get("init_from") or {}
-        if origin and origin["sha256"] != begun.get("sha256"):
-            was = begun.get("checkpoint", "nothing")
-            differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
-        if differences:
-            raise InputError(
-                f"--resume would change the run in {self.directory}: {'; '.join(differences)}. "
-                "Leave those flags out, or pass another --checkpoint_dir without --resume"
-            )
-
-    def check_unused(self) -> None:
-        """Raises InputError where a new run would overwrite another."""
-        if held := self.held():
-            raise InputError(
-                f"{self.directory} already holds a run ({held}): continue it with --resume, or "
-                "pass another --checkpoint_dir"
-            )
-
-    def held(self) -> str | None:
-        """The name of a file that a run has left here, or None.
-
-        The first checkpoint of a run that never came to save a step holds nothing, and its metrics
-        tell of nothing that is there.
-        """
-        latest = self.directory / LATEST
-        names = [FINAL, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
-        if not latest.exists():
-            names += [BEST, METRICS, PLOT]
-        elif self.load_latest()["step"]:
-            return LATEST
-        paths = [self.directory / name for name in names]
-        return next((path.name for path in paths if path.exists() and path.stat().st_size), None)
-
-    def open(self, step: int) -> list[dict]:
-        """Locks the folder, made if need be, and returns the metrics up to `step`.
-
-        Raises InputError where another process has it, or metrics.jsonl is spoiled.
-        """
-        # Ends with its process, however that ends: a lock that is a file's existence would not.
-        self.lock = FileLock(self.directory / ".lock", fallback_to_soft=False)
         with writing(self.directory, "pass another --checkpoint_dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
             try:
-                self.lock.acquire(blocking=False)
+                self.guard.acquire(blocking=False)
             except Timeout as error:
                 raise InputError(
                     f"another process is training in {self.directory}: wait for it, or pass "
@@ -133,12 +97,80 @@ class RunFolder:
                     f"{self.directory} is on a disk without locks: nothing keeps a second run out",
                     file=sys.stderr,
                 )
+
+    def close(self) -> None:
+        """Unlock the folder; where it was made for a run that never began, remove it."""
+        self.guard.release()
+        with suppress(OSError):
+            if self.made and os.listdir(self.directory) == [".lock"]:
+                (self.directory / ".lock").unlink()
+                for path in self.made:
+                    path.rmdir()
+
+    def look(self) -> Found:
+        """Say what is in the folder. Raises InputError where it is neither empty nor a run that
+        can go on."""
+        kept = [FINAL, *(path.name for path in self.directory.glob("StoryGPT_step_*.pt"))]
+        if not (self.directory / LATEST).exists():
+            self._refuse([*kept, BEST, METRICS, PLOT])
+            return Found("nothing", None)
+        latest = self._load_latest()
+        if latest["step"] == 0:
+            self._refuse(kept)
+            return Found("a run begun", latest)
+        finished = latest["step"] == latest["training_config"].max_steps
+        return Found("a finished run" if finished else "a run", latest)
+
+    def _refuse(self, names: list[str]) -> None:
+        """Raise InputError where there is one of the files that training would write over."""
+        for path in (self.directory / name for name in names):
+            if path.exists() and path.stat().st_size:
+                raise InputError(
+                    f"{self.directory} already holds {path.name} of a run, but not the {LATEST} "
+                    "from which alone it can be resumed: put that back, or pass another "
+                    "--checkpoint_dir"
+                )
+
+    def _load_latest(self) -> dict:
+        """Return what was saved to go on from. Raises InputError where it cannot be read."""
+        try:
+            checkpoint = load_checkpoint(self.directory / LATEST)
+            check_resumable(checkpoint)
+            return checkpoint
+        except InputError as error:
+            raise InputError(
+                f"{self.directory} cannot be resumed ({error}): put a good {LATEST} there, or pass "
+                f"another --checkpoint_dir, and --init_from to start from this run's {BEST}"
+            ) from error
+
+    def find(self, resume: bool) -> dict | None:
+        """Return the StoryGPT_latest.pt of the run to go on with, or None where a new one begins.
+
+        Raises InputError where a new run would overwrite another.
+        """
+        found = self.look()
+        if resume or found.latest is None:
+            return found.latest
+        if found.what == "a run begun":  # it has nothing to lose
+            return None
+        how = "" if found.what == "a finished run" else "continue it with --resume, or "
+        raise InputError(
+            f"{self.directory} already holds {found.what}: {how}pass another --checkpoint_dir"
+        )
+
+    def cut(self, step: int) -> list[dict]:
+        """Clear away what is of later than `step`, and return the metrics up to there.
+
+        Raises InputError where metrics.jsonl is spoiled.
+        """
         for path in self.directory.iterdir():  # of a process killed while it was saving
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
         # a run that saved no step begins anew: not even the line of step 0 is kept
         metrics = read_metrics(self.directory / METRICS, step or -1)
         (self.directory / METRICS).touch()
+        for name in (BEST, PLOT) if step == 0 else ():
+            (self.directory / name).unlink(missing_ok=True)
         return metrics
 
     def append(self, entry: dict) -> None:
