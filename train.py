@@ -48,7 +48,8 @@ class FirstFlags:
     """What the defaults of all other flags depend on."""
 
     preset: PresetName | None = None
-    """Where all other defaults come from: storygpt, the 57M reference; demo, small; gpt2, 124M."""
+    """Where all other defaults come from, by size: demo, 3m, 10m, 30m, storygpt (57M, the reference
+    and the default), gpt2 (124M); docs/training.md says which for which machine."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for checkpoints, metrics.jsonl and loss_plot.png."""
     resume: bool = False
@@ -127,7 +128,7 @@ def main() -> None:
 
 
 def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) -> Beginning:
-    """Find out what to train: what the command line says, and the run that it resumes.
+    """Finds out what to train: what the command line says, and the run that it resumes.
 
     Raises InputError where a run would be overwritten or changed.
     """
@@ -148,7 +149,7 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
 
 
 def parse_arguments(first: FirstFlags, start: Start | None, latest: dict | None) -> Arguments:
-    """Parse all flags; what they leave out is as in the run that goes on, or of the preset."""
+    """Parses all flags; what they leave out is as in the run that goes on, or of the preset."""
     gpt, training = preset(first.preset or "storygpt")
     if latest and not first.preset:
         gpt, training = latest["gpt_config"], latest["training_config"]
@@ -158,12 +159,12 @@ def parse_arguments(first: FirstFlags, start: Start | None, latest: dict | None)
     arguments = cli.parse_flags(Arguments, defaults)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
-    training = arguments.training.with_learning_rates(arguments.gpt.n_embd)
+    training = arguments.training.filled_in(arguments.gpt.n_embd)
     return replace(arguments, training=training)
 
 
 def resumption(latest: dict | None) -> str:
-    """Say what --resume has found."""
+    """Says what --resume has found."""
     if not latest:
         return "starting a new run"
     if latest["step"] == 0:
@@ -172,7 +173,7 @@ def resumption(latest: dict | None) -> str:
 
 
 def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
-    """Make what a new or a resumed run trains with. Raises InputError."""
+    """Makes what a new or a resumed run trains with. Raises InputError."""
     arguments, processes, folder, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
     windows = config.batch_size * config.gradient_accumulation_steps
@@ -221,7 +222,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
 
 
 def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
-    """Return what a new run will keep for good, or a resumed one has kept."""
+    """Returns what a new run will keep for good, or a resumed one has kept."""
     arguments, latest, start = beginning.arguments, beginning.latest, beginning.start
     new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
     if not latest:
@@ -238,7 +239,7 @@ def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
 
 
 def train(setting: Setting, state: TrainState) -> int:
-    """Train to the last step, or until there is a reason to stop; return the exit status."""
+    """Trains to the last step, or until there is a reason to stop; returns the exit status."""
     arguments, processes, folder = setting.arguments, setting.processes, setting.folder
     config, directory = arguments.training, arguments.checkpoint_dir
     compiled = machine.compile_model(state.model, config.compile, setting.device)
@@ -314,7 +315,7 @@ def train(setting: Setting, state: TrainState) -> int:
 def train_step(
     setting: Setting, state: TrainState, model: nn.Module, stop: Stop | None
 ) -> tuple[dict, Stop | None]:
-    """Make one optimizer update; return its line of metrics.jsonl, and whether any process stops
+    """Makes one optimizer update; returns its line of metrics.jsonl, and whether any process stops
     after it, given whether this one does.
 
     `model` is state.model, perhaps compiled and wrapped.
@@ -351,7 +352,7 @@ def train_step(
 
 
 def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool = False) -> float:
-    """Return the mean loss in nats a token over `num_batches` validation batches.
+    """Returns the mean loss in nats a token over `num_batches` validation batches.
 
     The processes share them, unless this one validates `alone`.
     """
@@ -368,17 +369,15 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
 
 
 def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
-    """Raise InputError where a step without an evaluation has ruined the weights, before they are
+    """Raises InputError where a step without an evaluation has ruined the weights, before they are
     saved: its train_loss is of those before it."""
     glance = {"val_loss": validate(setting, state.model, num_batches=1, alone=True)}
     arguments = setting.arguments
     state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, arguments.training)
 
 
-def evaluate_start(
-    setting: Setting, state: TrainState, model: nn.Module, log: Log | None
-) -> None:
-    """Evaluate step 0 of a run that starts from another's weights: what they know of this data."""
+def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, log: Log | None) -> None:
+    """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
     loss = validate(setting, model, config.eval_iters)
     state.val_loss = state.best_val_loss = loss
@@ -395,7 +394,7 @@ def evaluate_start(
 
 
 def begin(setting: Setting, state: TrainState) -> Log:
-    """Save a first checkpoint, so that a bad disk is found now, and say what the run will be."""
+    """Saves a first checkpoint, so that a bad disk is found now, and says what the run will be."""
     arguments, folder = setting.arguments, setting.folder
     config, directory = arguments.training, arguments.checkpoint_dir
     metrics = folder.cut(state.step)
@@ -422,7 +421,7 @@ def begin(setting: Setting, state: TrainState) -> Log:
 
 
 def banner(setting: Setting, model: GPT) -> str:
-    """Say in a line what is trained, where, and on how much."""
+    """Says in a line what is trained, where, and on how much."""
     batches, processes = setting.batches, setting.processes
     epochs = setting.arguments.training.max_steps / batches.steps_per_epoch
     return (
@@ -433,7 +432,7 @@ def banner(setting: Setting, model: GPT) -> str:
 
 
 def save(setting: Setting, state: TrainState, names: list[str]) -> None:
-    """Save the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
+    """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
     arguments, facts = setting.arguments, setting.facts
     checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)

@@ -120,7 +120,7 @@ def storygpt_step(setting: Setting, x: Tensor, y: Tensor, compiled: bool) -> Cal
     """The step of train.py."""
     model = GPT(setting.gpt).to(setting.device).train()
     speed_up_training(model, setting.device)
-    recipe = TrainingConfig().with_learning_rates(setting.gpt.n_embd)
+    recipe = TrainingConfig().filled_in(setting.gpt.n_embd)
     optimizer = Optimizer(model, recipe, setting.device, setting.dtype)
     forward = torch.compile(model) if compiled else model
 

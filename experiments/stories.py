@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError
 from storygpt.cli import parse_flags, run
 from storygpt.files import write_atomically
-from storygpt.measures import ROWS, story_table
+from storygpt.judging.measures import ROWS, story_table
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causa
 
 
 def speed_up_training(model: GPT, device: torch.device) -> None:
-    """Put into the model what computes the same in less time or memory on this device."""
+    """Puts into the model what computes the same in less time or memory on this device."""
     # Inside a compiled graph the chunks' products would be put off until all chunks are in memory
     # at once. (Not a decorator: it loads the compiler, a second that only training has to wait.)
     model.loss_function = torch.compiler.disable(chunked_cross_entropy)

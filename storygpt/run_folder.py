@@ -77,7 +77,7 @@ class RunFolder:
         self.pending_save.set_result(None)
 
     def lock(self) -> None:
-        """Lock the folder, made if need be, before anything in it is looked at.
+        """Locks the folder, made if need be, before anything in it is looked at.
 
         Raises InputError where another process has it.
         """
@@ -99,7 +99,7 @@ class RunFolder:
                 )
 
     def close(self) -> None:
-        """Unlock the folder; where it was made for a run that never began, remove it."""
+        """Unlocks the folder; where it was made for a run that never began, removes it."""
         self.guard.release()
         with suppress(OSError):
             if self.made and os.listdir(self.directory) == [".lock"]:
@@ -108,7 +108,7 @@ class RunFolder:
                     path.rmdir()
 
     def look(self) -> Found:
-        """Say what is in the folder. Raises InputError where it is neither empty nor a run that
+        """Says what is in the folder. Raises InputError where it is neither empty nor a run that
         can go on."""
         kept = [FINAL, *(path.name for path in self.directory.glob("StoryGPT_step_*.pt"))]
         if not (self.directory / LATEST).exists():
@@ -122,7 +122,7 @@ class RunFolder:
         return Found("a finished run" if finished else "a run", latest)
 
     def _refuse(self, names: list[str]) -> None:
-        """Raise InputError where there is one of the files that training would write over."""
+        """Raises InputError where there is one of the files that training would write over."""
         for path in (self.directory / name for name in names):
             if path.exists() and path.stat().st_size:
                 raise InputError(
@@ -132,7 +132,7 @@ class RunFolder:
                 )
 
     def _load_latest(self) -> dict:
-        """Return what was saved to go on from. Raises InputError where it cannot be read."""
+        """Returns what was saved to go on from. Raises InputError where it cannot be read."""
         try:
             checkpoint = load_checkpoint(self.directory / LATEST)
             check_resumable(checkpoint)
@@ -144,7 +144,7 @@ class RunFolder:
             ) from error
 
     def find(self, resume: bool) -> dict | None:
-        """Return the StoryGPT_latest.pt of the run to go on with, or None where a new one begins.
+        """Returns the StoryGPT_latest.pt of the run to go on with, or None where a new one begins.
 
         Raises InputError where a new run would overwrite another.
         """
@@ -159,7 +159,7 @@ class RunFolder:
         )
 
     def cut(self, step: int) -> list[dict]:
-        """Clear away what is of later than `step`, and return the metrics up to there.
+        """Clears away what is of later than `step`, and returns the metrics up to there.
 
         Raises InputError where metrics.jsonl is spoiled.
         """
@@ -205,7 +205,7 @@ class RunFolder:
             save_checkpoint(self.directory / name, whole)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises InputError where it could not be written."""
+        """Waits until what was saved is on disk. Raises InputError where that failed."""
         self.pending_save.result()
 
 

@@ -155,7 +155,7 @@ def test_each_of_several_gpus_has_its_share_of_the_work(set_up, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     setting, state = set_up()
     gpus = {"processes": SimpleNamespace(world_size=2), "device": torch.device("cuda")}
-    _, log = train.begin(replace(setting, **gpus, dtype=torch.float16), state)
+    log = train.begin(replace(setting, **gpus, dtype=torch.float16), state)
     with log:
         entry = {"step": 1, "tokens": 512, "train_loss": 6.0, "epoch": 0.0}
         log.add(entry | {"tokens_per_second": 1e8})

@@ -18,7 +18,7 @@ from conftest import TINY, metrics_of, wait_for_step
 
 from config import GPTConfig, InputError, TrainingConfig
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
-from storygpt.run_folder import RunFolder
+from storygpt.run_folder import check_same_run
 
 # Long enough to be interrupted anywhere, with evaluations and saves all along.
 LONG = [*TINY, "--max_steps", "120", "--eval_interval", "40", "--save_minutes", "0"]
@@ -177,9 +177,9 @@ def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp
 MAY_CHANGE = {"device": "cuda", "compile": True, "save_minutes": 1.0, "keep_interval": 5}
 
 
-def test_every_setting_that_changes_the_result_is_refused(tmp_path):
-    gpt, training = GPTConfig(), TrainingConfig().with_learning_rates(512)
-    folder, resumed = RunFolder(tmp_path), {"gpt_config": gpt, "training_config": training}
+def test_every_setting_that_changes_the_result_is_refused():
+    gpt, training = GPTConfig(), TrainingConfig().filled_in(512)
+    resumed = {"gpt_config": gpt, "training_config": training}
     changed = {
         "optimizer": "muon",
         "dtype": "float16",
@@ -194,10 +194,10 @@ def test_every_setting_that_changes_the_result_is_refused(tmp_path):
                 other = value / 2 if isinstance(value, float) and value else value * 2 or 1
             both = [replace(c, **{name: other}) if c is config else c for c in (gpt, training)]
             if name in MAY_CHANGE:
-                folder.check_same_run(resumed, *both, None)
+                check_same_run(resumed, *both, None)
             else:
                 with pytest.raises(InputError, match=f"{name} was {value} and is now {other}"):
-                    folder.check_same_run(resumed, *both, None)
+                    check_same_run(resumed, *both, None)
 
 
 def test_foreign_optimizer_state_is_refused(fails, data_dir, run_dir, tmp_path):
