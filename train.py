@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import nn
 
-from config import GPTConfig, InputError, PresetName, TrainingConfig, preset
+from config import MAY_CHANGE, GPTConfig, InputError, PresetName, TrainingConfig, preset
 from model import GPT
 from storygpt import device as machine
 from storygpt.batches import Batches, mixed_seed
@@ -133,26 +133,38 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
     Raises InputError where a run would be overwritten or changed.
     """
     start = load_start(first.init_from) if first.init_from else None
-    resume = first.resume or processes.restarted
-    if not resume:
-        parse_arguments(first, start, latest=None)  # mistakes come before a folder is made
-    if folder:
-        folder.lock()
-    latest = RunFolder(first.checkpoint_dir).find(resume)
-    arguments = parse_arguments(first, start, latest)
-    if latest:
+    resume, latest = first.resume or processes.restarted, None
+    if not resume:  # mistakes come before anything is made or waited for
+        parse_arguments(first, processes, start, settings=None)
+    resume = any(processes.exchange(resume))
+    processes.compare_torch()
+    with processes.together():
+        if folder:
+            folder.lock()
+            latest = folder.find(resume)
+    kept = latest and [asdict(latest["gpt_config"]), asdict(latest["training_config"])]
+    settings = processes.exchange(kept)[0]
+    with processes.together() as shared:
+        arguments = parse_arguments(first, processes, start, settings)
         origin = start.origin if start else None
-        check_same_run(latest, arguments.gpt, arguments.training, origin=origin)
+        if latest:
+            check_same_run(latest, arguments.gpt, arguments.training, origin=origin)
+        numbers = asdict(arguments.gpt) | asdict(arguments.training)
+        shared |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
+        shared["init_from"] = origin and origin["sha256"][:12]
     if first.resume and processes.is_main:
         print(resumption(latest))
     return Beginning(arguments, processes, folder, latest, start)
 
 
-def parse_arguments(first: FirstFlags, start: Start | None, latest: dict | None) -> Arguments:
-    """Parses all flags; what they leave out is as in the run that goes on, or of the preset."""
+def parse_arguments(
+    first: FirstFlags, processes: Processes, start: Start | None, settings: list[dict] | None
+) -> Arguments:
+    """Parses all flags; what they leave out is as in the `settings` of the run that goes on, or of
+    the preset. Raises InputError with what cannot be had here."""
     gpt, training = preset(first.preset or "storygpt")
-    if latest and not first.preset:
-        gpt, training = latest["gpt_config"], latest["training_config"]
+    if settings and not first.preset:
+        gpt, training = GPTConfig(**settings[0]), TrainingConfig(**settings[1])
     elif start:
         gpt = start.config
     defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
@@ -160,6 +172,8 @@ def parse_arguments(first: FirstFlags, start: Start | None, latest: dict | None)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
     training = arguments.training.filled_in(arguments.gpt.n_embd)
+    processes.share(training.batch_size * training.gradient_accumulation_steps)
+    machine.use_device(training.device)
     return replace(arguments, training=training)
 
 
@@ -176,25 +190,33 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     """Makes what a new or a resumed run trains with. Raises InputError."""
     arguments, processes, folder, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
-    windows = config.batch_size * config.gradient_accumulation_steps
-    processes.share(windows)  # complains before anything is started
-    device = processes.meet(machine.use_device(config.device))
-    dtype = machine.pick_dtype(config.dtype, device)
-    machine.check_fits(gpt, config.batch_size, device)
-
-    start_weights = fit_start(start, gpt) if start else None
-    meta = load_meta(arguments.data_dir, gpt.vocab_size)
-    if latest:
-        check_same_data(latest, data_fingerprint(meta), arguments.data_dir)
-    train_tokens, val_tokens = (
-        load_tokens(arguments.data_dir, split, meta, gpt.context_length, verify=processes.is_main)
-        for split in ("train", "validation")
-    )
+    with processes.together() as shared:
+        device = processes.own_device(machine.use_device(config.device))
+        dtype = machine.pick_dtype(config.dtype, device)
+        machine.check_fits(gpt, config.batch_size, device)
+        start_weights = fit_start(start, gpt) if start else None
+        meta = load_meta(arguments.data_dir, gpt.vocab_size)
+        data = data_fingerprint(meta)
+        if latest:
+            check_same_data(latest, data, arguments.data_dir)
+        train_tokens, val_tokens = (
+            load_tokens(
+                arguments.data_dir,
+                split,
+                meta,
+                gpt.context_length,
+                verify=processes.local_rank == 0,
+            )
+            for split in ("train", "validation")
+        )
+        shared |= {"data": data[:12], "device": device.type, "dtype": machine.dtype_name(dtype)}
+    processes.meet(device)
+    beginning = beginning._replace(latest=processes.from_main(latest, device))
     batches = Batches(
         tokens=train_tokens,
         end_of_text=meta["end_of_text"],
         seed=config.seed,
-        windows_per_step=windows,
+        windows_per_step=config.batch_size * config.gradient_accumulation_steps,
         context_length=gpt.context_length,
         story_windows=config.story_windows,
     )
@@ -203,11 +225,11 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     model = GPT(gpt).to(device)
     speed_up_training(model, device)
     state = TrainState(model, Optimizer(model, config, device, dtype))
-    if latest:
-        state.load(latest, arguments.checkpoint_dir / LATEST)
+    if beginning.latest:
+        state.load(beginning.latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
-    facts = gather_facts(beginning, data=data_fingerprint(meta), dtype=machine.dtype_name(dtype))
+    facts = gather_facts(beginning, data=data, dtype=machine.dtype_name(dtype))
     setting = Setting(
         arguments=arguments,
         processes=processes,

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,13 +37,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ranks(script, *flags) -> list:
-    """Two processes of train.py as torchrun starts them, without the seconds of their imports."""
+def ranks(script, *flags, second=()) -> list:
+    """Two processes of train.py as torchrun starts them, without the seconds of their imports.
+
+    The `second`, as if on another node, has some flags of its own.
+    """
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["TORCHELASTIC_RESTART_COUNT"] = "0"
     return [
-        script.start("train.py", *flags, RANK=rank, LOCAL_RANK=rank, **environment)
-        for rank in ("0", "1")
+        script.start("train.py", *flags, *own, RANK=rank, LOCAL_RANK=local, **environment)
+        for rank, local, own in (("0", "0", ()), ("1", "0" if second else "1", second))
     ]
 
 
@@ -200,6 +206,53 @@ def test_processes_share_the_windows_of_a_step_however_they_are_cut(
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--learning_rate", "1e-3"], "rank 1 has learning_rate 0.001 where rank 0 has 0.003: "),
+        (["--data_dir", "other"], "rank 1 has data "),
+        (["--data_dir", "nowhere"], "on rank 1: no prepared data in nowhere"),
+    ],
+)
+def test_processes_that_differ_do_not_begin(changes, says, script, flags, data_dir, tmp_path):
+    if "other" in changes:  # one token is another
+        other = Path(shutil.copytree(data_dir, tmp_path / "other"))
+        tokens = (other / "train.bin").read_bytes()
+        changed = bytes([tokens[0] ^ 1]) + tokens[1:]
+        (other / "train.bin").write_bytes(changed)
+        meta = (other / "meta.json").read_text()
+        sums = [sha256(held).hexdigest() for held in (tokens, changed)]
+        (other / "meta.json").write_text(meta.replace(*sums))
+        changes = ["--data_dir", other]
+    codes, outputs = ended(ranks(script, *flags, second=changes))
+    assert codes == [1, 1], outputs
+    assert all(f"error: {says}" in output for output in outputs), outputs
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_need_not_be_shared(script, data_dir, single, tmp_path):
+    """The second node sees nothing of the first one's: it would have begun at step 0."""
+    flags = [*FLAGS, "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+    second = ["--checkpoint_dir", tmp_path / "nothing"]
+    for more in (["--max_hours", 1e-9], ["--resume"]):
+        codes, outputs = ended(ranks(script, *flags, *more, second=second))
+        assert codes == [0, 0], outputs
+    assert_close(tmp_path / "run", single)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_another_torch_is_a_warning(monkeypatch, capsys):
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    processes = Processes()
+    processes.store = torch.distributed.HashStore()
+    processes.store.set("exchange 1 of 1", '"2.9.0"')
+    processes.compare_torch()
+    assert "rank 1 has torch 2.9.0 where rank 0 has" in capsys.readouterr().err
+
+
 def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
     names = {"RANK": 0, "LOCAL_RANK": 1, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}
     for name, value in names.items():
@@ -207,17 +260,18 @@ def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"process 1 .* no GPU of its own: .*nproc_per_node=1"):
-        Processes().meet(torch.device("cuda"))
+        Processes().own_device(torch.device("cuda"))
     if torch.distributed.is_nccl_available():
         pytest.skip("this torch has NCCL, which is to be missing")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(InputError, match=r"NCCL could not start on cuda:0: .*NCCL_DEBUG=INFO"):
-            Processes().meet(torch.device("cuda"))
+            Processes().meet(torch.device("cuda", 0))
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_leftover_world_size_changes_nothing(script, flags, run_dir, tmp_path):
