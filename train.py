@@ -36,7 +36,7 @@ from storygpt.kernels import speed_up_training
 from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
-from storygpt.run_folder import RunFolder, check_same_data, check_same_run
+from storygpt.run_folder import RunFolder, check_same_data, goes_on
 from storygpt.state import RunFacts, TrainState
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens
 
@@ -147,8 +147,8 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
     with processes.together() as shared:
         arguments = parse_arguments(first, processes, start, settings)
         origin = start.origin if start else None
-        if latest:
-            check_same_run(latest, arguments.gpt, arguments.training, origin=origin)
+        if latest and not goes_on(latest, arguments.gpt, arguments.training, origin):
+            latest = None
         numbers = asdict(arguments.gpt) | asdict(arguments.training)
         shared |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
         shared["init_from"] = origin and origin["sha256"][:12]
@@ -197,7 +197,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         start_weights = fit_start(start, gpt) if start else None
         meta = load_meta(arguments.data_dir, gpt.vocab_size)
         data = data_fingerprint(meta)
-        if latest:
+        if latest and latest["step"]:
             check_same_data(latest, data, arguments.data_dir)
         train_tokens, val_tokens = (
             load_tokens(
@@ -292,7 +292,8 @@ def train(setting: Setting, state: TrainState) -> int:
             last = state.step == config.max_steps
             evaluated = last or state.step % config.eval_interval == 0
             if evaluated:
-                state.val_loss = entry["val_loss"] = validate(setting, compiled, config.eval_iters)
+                state.val_loss = validate(setting, compiled, config.eval_windows)
+                entry["val_loss"] = state.val_loss
                 state.stop_if_diverged(entry, directory, config)
             if not processes.is_main:
                 continue
@@ -309,19 +310,23 @@ def train(setting: Setting, state: TrainState) -> int:
                 names.append(BEST)
             if config.keep_interval and state.step % config.keep_interval == 0:
                 names.append(step_name(state.step))
-            if names or stop or began - last_save >= 60 * config.save_minutes:
+            folder.keep_up()
+            failing = folder.failing_for(config.save_minutes)
+            if names or stop or failing or began - last_save >= 60 * config.save_minutes:
                 if not evaluated:
                     check_new_weights(setting, state, entry)
                 save(setting, state, [*names, LATEST])
                 last_save = began
+            if failing:  # a last try, after which an error ends the run
+                folder.wait()
 
             # --- Log ---
             log.add(entry)
             longest = max(longest, time.monotonic() - began)
+        finished = state.step == config.max_steps
         if processes.is_main:
-            folder.wait()  # saving goes on in the background
+            folder.wait(config.save_minutes if finished else 0)  # what goes on in the background
 
-    finished = state.step == config.max_steps
     if processes.is_main and finished:
         print(log.finished(state.best_val_loss))
     elif processes.is_main:
@@ -373,8 +378,8 @@ def train_step(
     return entry, stop
 
 
-def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool = False) -> float:
-    """Returns the mean loss in nats a token over `num_batches` validation batches.
+def validate(setting: Setting, model: nn.Module, num_windows: int, alone: bool = False) -> float:
+    """Returns the mean loss in nats a token over `num_windows` of the validation split.
 
     The processes share them, unless this one validates `alone`.
     """
@@ -383,7 +388,7 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
         setting.val_tokens,
         context_length=setting.arguments.gpt.context_length,
         batch_size=setting.arguments.training.batch_size,
-        num_batches=num_batches,
+        num_windows=num_windows,
         device=setting.device,
         dtype=setting.dtype,
         processes=None if alone else setting.processes,
@@ -393,15 +398,15 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
 def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
     """Raises InputError where a step without an evaluation has ruined the weights, before they are
     saved: its train_loss is of those before it."""
-    glance = {"val_loss": validate(setting, state.model, num_batches=1, alone=True)}
-    arguments = setting.arguments
-    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, arguments.training)
+    arguments, config = setting.arguments, setting.arguments.training
+    glance = {"val_loss": validate(setting, state.model, config.batch_size, alone=True)}
+    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, config)
 
 
 def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, log: Log | None) -> None:
     """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
-    loss = validate(setting, model, config.eval_iters)
+    loss = validate(setting, model, config.eval_windows)
     state.val_loss = state.best_val_loss = loss
     entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
     state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)

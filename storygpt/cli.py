@@ -60,6 +60,13 @@ def progress_bar(**options):
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
+def warn(text: str) -> None:
+    """Prints a line on stderr, above a progress bar where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def one_line(error: Exception) -> str:
     """Returns what an exception says, without line breaks; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -53,10 +53,18 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
     return metrics
 
 
-def append_metrics(path: Path, entry: dict) -> None:
-    """Adds one line of strict JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, allow_nan=False) + "\n")
+def append_metrics(path: Path, entries: list[dict], size: int) -> int:
+    """Adds lines of strict JSON to a file of `size` bytes; returns its new size.
+
+    What is behind `size` is half of what an earlier attempt came to write, and is cut off.
+    """
+    lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+    with open(path, "ab") as file:
+        if file.tell() > size:
+            file.truncate(size)
+        file.write(lines.encode())
+        file.flush()
+        return file.tell()
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
 """A run and its folder: no other run writes there, nothing is overwritten, every file is whole."""
 
 import errno
+import math
 import os
 import re
-import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from config import MAY_CHANGE, GPTConfig, InputError, TrainingConfig
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
+from storygpt.cli import warn
 from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
 from storygpt.metrics import append_metrics, read_metrics
 from storygpt.state import check_resumable
@@ -31,12 +33,12 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
         )
 
 
-def check_same_run(
-    resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None
-) -> None:
-    """Raises InputError with every setting in which these would change a resumed run.
+def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None) -> bool:
+    """Tells whether a run goes on with these settings; one that has made no step, of weights that
+    were not given, has nothing to lose where they are others.
 
-    `origin` is that of --init_from, where it was passed.
+    `origin` is that of --init_from, where it was passed. Raises InputError with every setting in
+    which these would change the run.
     """
     before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
     now = asdict(gpt) | asdict(training)
@@ -49,11 +51,14 @@ def check_same_run(
     if origin and origin["sha256"] != begun.get("sha256"):
         was = begun.get("checkpoint", "nothing")
         differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
+    if differences and resumed["step"] == 0 and not begun:
+        return False
     if differences:
         raise InputError(
             f"--resume would change the run: {'; '.join(differences)}. "
             "Leave those flags out, or pass another --checkpoint_dir without --resume"
         )
+    return True
 
 
 class Found(NamedTuple):
@@ -65,6 +70,33 @@ class Found(NamedTuple):
     """What StoryGPT_latest.pt holds, if there is one."""
 
 
+class Retry:
+    """When to try again what could not be written: at the next step, and then every minute."""
+
+    def __init__(self):
+        self.since = math.inf
+        """When the first of the failures in a row was."""
+        self.next = -math.inf
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() >= self.next
+
+    def failing_for(self, seconds: float) -> bool:
+        """Tells whether nothing could be written for so long."""
+        return time.monotonic() >= self.since + seconds
+
+    def note(self, error: InputError | None) -> None:
+        """Takes note of how an attempt went, and says a line where it failed."""
+        now = time.monotonic()
+        if error is None:
+            self.since, self.next = math.inf, -math.inf
+            return
+        first = self.since == math.inf
+        self.since, self.next = (now, now) if first else (self.since, now + 60)
+        warn(f"{error}. Trying again {'at the next step' if first else 'in a minute'}")
+
+
 class RunFolder:
     """One run's checkpoints and metrics on disk."""
 
@@ -73,8 +105,14 @@ class RunFolder:
         # Ends with its process, however that ends: a lock that is a file's existence would not.
         self.guard = FileLock(directory / ".lock", fallback_to_soft=False)
         self.made = [p for p in (directory, *directory.parents) if not p.exists()]
-        self.writer, self.pending_save = ThreadPoolExecutor(1), Future()
-        self.pending_save.set_result(None)
+        self.writer = ThreadPoolExecutor(1)
+        self.attempt: Future | None = None
+        """The save that goes on in the background."""
+        self.unsaved: dict[str, dict] = {}
+        """Checkpoints that are not yet on disk, by file name."""
+        self.unwritten: list[dict] = []
+        """Lines of metrics.jsonl that are not yet there."""
+        self.saving, self.appending = Retry(), Retry()
 
     def lock(self) -> None:
         """Locks the folder, made if need be, before anything in it is looked at.
@@ -93,10 +131,7 @@ class RunFolder:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                print(
-                    f"{self.directory} is on a disk without locks: nothing keeps a second run out",
-                    file=sys.stderr,
-                )
+                warn(f"{self.directory} is on a disk without locks: nothing keeps a second run out")
 
     def close(self) -> None:
         """Unlocks the folder; where it was made for a run that never began, removes it."""
@@ -168,24 +203,38 @@ class RunFolder:
                 path.unlink()
         # a run that saved no step begins anew: not even the line of step 0 is kept
         metrics = read_metrics(self.directory / METRICS, step or -1)
-        (self.directory / METRICS).touch()
+        with writing(self.directory / METRICS):
+            (self.directory / METRICS).touch()
+        self.size = (self.directory / METRICS).stat().st_size
         for name in (BEST, PLOT) if step == 0 else ():
             (self.directory / name).unlink(missing_ok=True)
         return metrics
 
     def append(self, entry: dict) -> None:
-        """Adds a line to metrics.jsonl. Raises InputError where it cannot be written."""
+        """Adds a line to metrics.jsonl, now or when that can be written again."""
+        self.unwritten.append(entry)
+        if self.appending.due:
+            self.appending.note(self._append())
+
+    def _append(self) -> InputError | None:
+        """Tries to write the lines that are not there yet; returns what that failed for."""
+        if not self.unwritten:
+            return None
         path = self.directory / METRICS
-        with writing(path, "free some space, and go on with --resume"):
-            append_metrics(path, entry)
+        try:
+            with writing(path):
+                self.size = append_metrics(path, self.unwritten, self.size)
+        except InputError as error:
+            return error
+        self.unwritten = []
+        return None
 
     def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
         """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.
 
         Writes in a thread, from a copy, while training goes on. Raises InputError where the
-        weights are not finite, and where the save before this one has failed.
+        weights are not finite.
         """
-        self.wait()
         finite = [w.isfinite().all() for w in checkpoint["model_state_dict"].values()]
         if not torch.stack(finite).all():
             raise InputError(
@@ -193,20 +242,64 @@ class RunFolder:
                 f"saved; the last good checkpoint is {self.directory / LATEST}. Likely cause: too "
                 "high a --learning_rate"
             )
+        if self.attempt:
+            self.saving.note(self._end_attempt())
         checkpoint = on_cpu(checkpoint)
         resume = on_cpu(resume) if LATEST in names else {}
-        self.pending_save = self.writer.submit(self._write, names, checkpoint, resume)
+        for name in names:  # in this order: what is saved to go on from says what the best was
+            self.unsaved.pop(name, None)
+            self.unsaved[name] = checkpoint | resume if name == LATEST else checkpoint
+        self._start_attempt()
 
-    def _write(self, names: list[str], checkpoint: dict, resume: dict) -> None:
-        with open(self.directory / METRICS, "rb") as file:
-            os.fsync(file.fileno())  # a checkpoint never outlives its steps' metrics
-        for name in names:
-            whole = checkpoint | resume if name == LATEST else checkpoint
-            save_checkpoint(self.directory / name, whole)
+    def keep_up(self) -> None:
+        """Notices a save that has failed, and tries again when that is due."""
+        if self.attempt and self.attempt.done():
+            self.saving.note(self._end_attempt())
+        elif not self.attempt and self.unsaved and self.saving.due:
+            self._start_attempt()
 
-    def wait(self) -> None:
-        """Waits until what was saved is on disk. Raises InputError where that failed."""
-        self.pending_save.result()
+    def failing_for(self, minutes: float) -> bool:
+        """Tells whether no checkpoint could be written for so long."""
+        return self.saving.failing_for(60 * minutes)
+
+    def wait(self, minutes: float = 0) -> None:
+        """Waits until all is on disk; where that fails, tries again for so long, but once at least.
+
+        Raises InputError where it could not be written.
+        """
+        deadline, tried = time.monotonic() + 60 * minutes, False
+        if self.unsaved and not self.attempt:
+            self._start_attempt()
+        while error := self._end_attempt() or self._append():
+            if tried and time.monotonic() >= deadline:
+                raise error
+            if tried:
+                warn(f"{error}. Trying again in a minute")
+                time.sleep(min(60, max(0, deadline - time.monotonic())))
+            tried = True
+            self._start_attempt()
+        self.saving.note(None)
+
+    def _start_attempt(self) -> None:
+        self.attempt = self.writer.submit(self._write)
+
+    def _end_attempt(self) -> InputError | None:
+        """Waits for the save that goes on, if one does, and returns what it failed for."""
+        error = self.attempt.result() if self.attempt else None
+        self.attempt = None
+        return error
+
+    def _write(self) -> InputError | None:
+        """Tries to save what is not saved yet; returns what that failed for."""
+        with suppress(OSError), open(self.directory / METRICS, "rb") as file:
+            os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
+        try:
+            for name in list(self.unsaved):
+                save_checkpoint(self.directory / name, self.unsaved[name])
+                del self.unsaved[name]
+        except InputError as error:
+            return error
+        return None
 
 
 def on_cpu(value):

@@ -38,7 +38,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = (
     "--vocab_size 512 --context_length 64 --n_layer 2 --n_head 2 --n_embd 32 --dropout 0.1 "
     "--batch_size 4 --gradient_accumulation_steps 2 --warmup_steps 4 --max_steps 20 "
-    "--learning_rate 0.003 --min_lr 0.0003 --eval_interval 10 --eval_iters 4 --save_minutes 0 "
+    "--learning_rate 0.003 --min_lr 0.0003 --eval_interval 10 --eval_windows 16 --save_minutes 0 "
     "--device cpu --dtype float32"
 ).split()
 

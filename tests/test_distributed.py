@@ -113,7 +113,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_stopped(
     assert " parameters on 2 × cpu" in first and "done: " in first and not second.strip()
     assert_close(tmp_path / "two", single)
     codes, (first, _) = ended(ranks(script, *flags, tmp_path / "two"))
-    assert codes == [1, 1] and "already holds a run" in first
+    assert codes == [1, 1] and "already holds a finished run" in first
     codes, (first, _) = ended(ranks(script, *flags, tmp_path / "late", "--max_hours", 1e-9))
     assert codes == [0, 0] and "continue with: " in first  # to torchrun 75 would be a death
 

@@ -46,7 +46,7 @@ def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, 
 
 def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, run_dir, tmp_path):
     flags = ["--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt", "--device", "cpu"]
-    flags += ["--checkpoint_dir", tmp_path / "run", "--batch_size", "2", "--eval_iters", "2"]
+    flags += ["--checkpoint_dir", tmp_path / "run", "--batch_size", "2", "--eval_windows", "4"]
     for changes, says in (
         (["--n_layer", "3"], "has n_layer 2, not 3"),
         (["--context_length", "65"], "has context_length 64, not 65"),

@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import time
 from threading import Event
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import losses_of, new_checkpoint, wait_for_step
+from conftest import entries, losses_of, metrics_of, new_checkpoint, wait_for_step
 from filelock import FileLock, Timeout
 
 import train
@@ -14,7 +15,7 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import token_files
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
-from storygpt.files import BEST, FINAL, LATEST
+from storygpt.files import BEST, FINAL, LATEST, METRICS
 from storygpt.run_folder import RunFolder
 
 # --- What is there, and who may write there ---
@@ -186,17 +187,84 @@ def test_a_save_is_of_the_moment_it_was_asked_for(saving, tmp_path):
         assert torch.equal(saved["model_state_dict"][name], weight), name
 
 
-@pytest.mark.parametrize("then", ["save", "wait"])
-def test_a_save_that_failed_is_told_at_the_next_and_at_the_end(then, saving, tmp_path):
+def keep_up(folder) -> None:
+    """What training does after each step, until the attempt to save that goes on is noticed."""
+    while folder.attempt:
+        folder.keep_up()
+        time.sleep(0.001)
+
+
+def test_a_save_that_failed_is_noticed_and_tried_again(saving, tmp_path, capsys):
     (tmp_path / BEST).mkdir()  # in the way
     saving.go()
-    saving.folder.save([BEST], saving.checkpoint, {})
-    with pytest.raises(InputError, match=f"{BEST} cannot be written"):
-        if then == "save":
-            saving.folder.save([LATEST], saving.checkpoint, {})
-        else:
-            saving.folder.wait()
+    saving.folder.save([BEST, LATEST], saving.checkpoint, {})
+    keep_up(saving.folder)
+    said = capsys.readouterr().err
+    assert f"{BEST} cannot be written (Is a directory)" in said
+    assert "Trying again at the next step" in said
+    saving.folder.keep_up()  # the next step
+    keep_up(saving.folder)
+    assert "Trying again in a minute" in capsys.readouterr().err
+    saving.folder.keep_up()
+    assert not saving.folder.attempt  # the minute is not over
+    (tmp_path / BEST).rmdir()
+    saving.folder.saving.next = time.monotonic()  # now it is
+    saving.folder.keep_up()
+    keep_up(saving.folder)
+    assert load_checkpoint(tmp_path / BEST)["step"] == load_checkpoint(tmp_path / LATEST)["step"]
+    assert not saving.folder.unsaved and not capsys.readouterr().err
+
+
+def test_a_best_that_failed_is_saved_though_the_weights_have_moved_on(saving, tmp_path):
+    """And before what tells that it is the best: StoryGPT_latest.pt."""
+    (tmp_path / BEST).mkdir()
+    saving.go()
+    saving.folder.save([BEST, LATEST], saving.checkpoint, {})
+    saving.folder.save([LATEST], saving.checkpoint | {"step": 2}, {})
+    keep_up(saving.folder)
     assert not (tmp_path / LATEST).exists()
+    (tmp_path / BEST).rmdir()
+    saving.folder.wait()
+    assert load_checkpoint(tmp_path / BEST)["step"] == 1
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 2
+
+
+def test_a_run_ends_where_no_checkpoint_could_be_written_for_long(saving, tmp_path):
+    (tmp_path / LATEST).mkdir()
+    saving.go()
+    saving.folder.save([LATEST], saving.checkpoint, {})
+    keep_up(saving.folder)
+    assert not saving.folder.failing_for(10)
+    saving.folder.saving.since -= 601
+    assert saving.folder.failing_for(10)
+    with pytest.raises(InputError, match=f"{LATEST} cannot be written"):
+        saving.folder.wait()
+    (tmp_path / LATEST).rmdir()
+    saving.folder.wait()  # the last try comes in time
+    assert not saving.folder.failing_for(10)
+
+
+def test_metrics_that_could_not_be_written_are_written_later(saving, tmp_path, capsys):
+    """A disk with no room but for half a line, by the limit on a file's size."""
+    lines, folder = entries(5), saving.folder
+    folder.append(lines[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        room = (tmp_path / METRICS).stat().st_size + 10
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        for line in lines[1:4]:
+            folder.append(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (File too large): allow larger files") == 2
+    assert (tmp_path / METRICS).stat().st_size == room
+    folder.append(lines[4])
+    assert len(folder.unwritten) == 4  # not before the minute is over
+    folder.wait()
+    assert metrics_of(tmp_path) == lines
 
 
 def test_weights_that_are_not_finite_are_not_saved(saving, tmp_path):

@@ -144,7 +144,8 @@ def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path)
 
     class SlowBatches:
         tokens, tokens_per_step = batches.tokens, batches.tokens_per_step
-        steps_per_epoch, minutes = batches.steps_per_epoch, 0
+        windows_per_step, steps_per_epoch = batches.windows_per_step, batches.steps_per_epoch
+        minutes = 0
 
         def __call__(self, step, positions):
             lost.append(self.minutes - 10 * state.saved_step)  # by a power cut now
@@ -176,7 +177,7 @@ def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, da
         model, checkpoint = load_model(tmp_path / f"StoryGPT_{name}.pt")
         assert checkpoint["val_loss"] == expected
         assert checkpoint["step"] == 1 + losses.index(expected)
-        loss = estimate_loss(model, tokens, 64, 4, 4, torch.device("cpu"), torch.float32)
+        loss = estimate_loss(model, tokens, 64, 4, 16, torch.device("cpu"), torch.float32)
         assert loss == pytest.approx(expected, rel=1e-5)  # of the weights themselves
     assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["best_val_loss"] == losses[0]
 
@@ -226,7 +227,7 @@ def test_real_stories_are_learned(script, tinystories, tmp_path):
     assert script("prepare_data.py", *flags).code == 0
     flags = "--n_layer 2 --n_embd 64 --n_head 2 --batch_size 4 --gradient_accumulation_steps 1 "
     flags += "--vocab_size 1024 --warmup_steps 10 --max_steps 90 --eval_interval 30 "
-    flags += "--eval_iters 10 --learning_rate 0.003 --min_lr 0.0003 --device cpu"
+    flags += "--eval_windows 40 --learning_rate 0.003 --min_lr 0.0003 --device cpu"
     result = script(
         "train.py", *flags.split(), "--data_dir", data, "--checkpoint_dir", tmp_path / "run"
     )
