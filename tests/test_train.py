@@ -201,7 +201,7 @@ def test_mistakes_are_named_before_any_step(fails, data_dir, run_dir, tmp_path):
         assert not (tmp_path / "out").exists()
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     flags = [*TINY, *data, "--checkpoint_dir", run_dir]
-    fails("train.py", *flags, says="already holds a run")
+    fails("train.py", *flags, says="already holds a finished run")
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
