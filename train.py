@@ -15,6 +15,7 @@ import secrets
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -271,26 +272,24 @@ def train(setting: Setting, state: TrainState) -> int:
     if setting.facts.init_from and state.step == 0:
         evaluate_start(setting, state, compiled, log)
 
-    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
+    pace = Pace(config, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
     last_save = time.monotonic()
-    longest = last_save - cli.STARTED  # seconds of a step: setting up stands in for the first
     stop = None
     with log or nullcontext():
         while state.step < config.max_steps and not stop:
             # --- One step ---
             began = time.monotonic()
-            if signals:
+            if signals.stop:
                 stop = "signal"
-            elif processes.is_main and began + 2 * longest > deadline:
+            elif processes.is_main and not pace.allows_two(state.step, folder.save_seconds):
                 stop = "time"  # there is none for another step after this one
             entry, stop = train_step(setting, state, model, stop)
-            speed = setting.batches.tokens_per_step / (time.monotonic() - began)
-            entry["tokens_per_second"] = round(speed, 1)
+            seconds = time.monotonic() - began
+            entry["tokens_per_second"] = round(setting.batches.tokens_per_step / seconds, 1)
             state.stop_if_diverged(entry, directory, config)
 
             # --- Evaluate ---
-            last = state.step == config.max_steps
-            evaluated = last or state.step % config.eval_interval == 0
+            evaluated = is_evaluated(state.step, config)
             if evaluated:
                 state.val_loss = validate(setting, compiled, config.eval_windows)
                 entry["val_loss"] = state.val_loss
@@ -303,7 +302,7 @@ def train(setting: Setting, state: TrainState) -> int:
                 log.add_sample(entry, state.model, config.seed)
             folder.append(entry)
             names = []
-            if last:
+            if state.step == config.max_steps:
                 names.append(FINAL)
             if state.val_loss < state.best_val_loss:
                 state.best_val_loss = state.val_loss
@@ -312,17 +311,19 @@ def train(setting: Setting, state: TrainState) -> int:
                 names.append(step_name(state.step))
             folder.keep_up()
             failing = folder.failing_for(config.save_minutes)
-            if names or stop or failing or began - last_save >= 60 * config.save_minutes:
+            asked = names or stop or signals.save or failing
+            if asked or began - last_save >= 60 * config.save_minutes:
                 if not evaluated:
                     check_new_weights(setting, state, entry)
                 save(setting, state, [*names, LATEST])
                 last_save = began
+                signals.save.clear()
             if failing:  # a last try, after which an error ends the run
                 folder.wait()
 
             # --- Log ---
             log.add(entry)
-            longest = max(longest, time.monotonic() - began)
+            pace.add(seconds, evaluation=time.monotonic() - began - seconds if evaluated else None)
         finished = state.step == config.max_steps
         if processes.is_main:
             folder.wait(config.save_minutes if finished else 0)  # what goes on in the background
@@ -334,9 +335,42 @@ def train(setting: Setting, state: TrainState) -> int:
     if finished:
         return 0
     if stop == "signal":
-        return 128 + (signals[0] if signals else signal.SIGTERM)
+        return 128 + (signals.stop or [signal.SIGTERM])[0]
     # torchrun would take another status for a death, and start all processes anew.
     return 0 if processes.launched else MORE_TO_DO
+
+
+def is_evaluated(step: int, config: TrainingConfig) -> bool:
+    """Tells whether the weights that `step` makes are evaluated."""
+    return step == config.max_steps or step % config.eval_interval == 0
+
+
+class Pace:
+    """How long steps take, and evaluations with what comes with them: by the latest ones."""
+
+    def __init__(self, config: TrainingConfig, deadline: float):
+        so_far = time.monotonic() - cli.STARTED  # setting up stands in for the first steps
+        self.config, self.deadline = config, deadline
+        self.steps = deque([so_far, so_far], maxlen=10)
+        self.evaluation: float | None = None
+
+    def add(self, step: float, evaluation: float | None) -> None:
+        """Notes the seconds of a step, and of its evaluation if it had one."""
+        self.steps.append(step)
+        if evaluation is not None:
+            self.evaluation = evaluation
+
+    def allows_two(self, step: int, save_seconds: float) -> bool:
+        """Tells whether the two steps after `step`, their evaluations and a save will be done in
+        time."""
+        slow = sorted(self.steps)[-2]  # one that compiles, or in which a laptop slept, is no guide
+        evaluation = self.evaluation
+        if evaluation is None:  # a step is three times the work of a forward pass
+            windows = self.config.batch_size * self.config.gradient_accumulation_steps
+            evaluation = slow * self.config.eval_windows / windows / 3
+        evaluations = sum(is_evaluated(step + n, self.config) for n in (1, 2))
+        seconds = 2 * slow + evaluations * evaluation + save_seconds
+        return time.monotonic() + seconds <= self.deadline
 
 
 def train_step(

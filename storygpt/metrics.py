@@ -35,8 +35,8 @@ def parse_metrics(text: bytes, path: Path) -> list[dict]:
         if metrics and entry["step"] <= metrics[-1]["step"]:
             raise InputError(
                 f"line {number} of {path} has step {entry['step']:,} after step "
-                f"{metrics[-1]['step']:,}: leave each step once, in order, or move the file away to "
-                "go on without it"
+                f"{metrics[-1]['step']:,}: leave each step once, in order, or move the file away "
+                "to go on without it"
             )
         metrics.append(entry)
     return metrics

@@ -113,6 +113,8 @@ class RunFolder:
         self.unwritten: list[dict] = []
         """Lines of metrics.jsonl that are not yet there."""
         self.saving, self.appending = Retry(), Retry()
+        self.save_seconds = 0.0
+        """What the last save took."""
 
     def lock(self) -> None:
         """Locks the folder, made if need be, before anything in it is looked at.
@@ -291,6 +293,7 @@ class RunFolder:
 
     def _write(self) -> InputError | None:
         """Tries to save what is not saved yet; returns what that failed for."""
+        began = time.monotonic()
         with suppress(OSError), open(self.directory / METRICS, "rb") as file:
             os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
         try:
@@ -299,6 +302,7 @@ class RunFolder:
                 del self.unsaved[name]
         except InputError as error:
             return error
+        self.save_seconds = time.monotonic() - began
         return None
 
 

@@ -136,9 +136,9 @@ def test_a_second_ctrl_c_kills_no_process_of_torchrun():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for launched in (True, False):
-            received = cli.listen_for_signals(launched)
+            signals = cli.listen_for_signals(launched)
             os.kill(os.getpid(), signal.SIGINT)
-            assert received == [signal.SIGINT]
+            assert signals.stop == [signal.SIGINT]
             assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) != launched
     finally:
         for number, handler in handlers.items():

@@ -155,11 +155,50 @@ def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path)
 
     slow = SlowBatches()
     monkeypatch.setattr(train.time, "monotonic", lambda: start + 60 * slow.minutes)
+    monkeypatch.setattr(train.time, "time", lambda: 1e9 * len(lost) % 7)  # a clock that jumps
     status = train.train(replace(setting, batches=slow), state)
     assert status == 75 and 40 <= slow.minutes <= 60
     assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == state.step
     assert 25 <= max(lost) <= 25 + 2 * 10
     assert all(later - earlier >= 25 for earlier, later in pairwise(sorted(saved)))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "unused"),
+    [
+        ([10] * 9, 10),
+        ([30, *[1] * 99], 1),  # the first compiles
+        ([1, 1, 1, 31, *[1] * 99], 1),  # a laptop slept in the fourth
+        ([1] * 40 + [3] * 99, 3),
+    ],
+)
+def test_max_hours_looks_at_recent_steps(minutes, unused, monkeypatch):
+    """On a stand-in for the clock: an hour, of which a save takes a minute."""
+    now, made = cli.STARTED, 0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    config = TrainingConfig(eval_interval=10_000)
+    pace = train.Pace(config, deadline=now + 3_600)
+    stop = False
+    while not stop:
+        stop = not pace.allows_two(made, save_seconds=60)
+        now, made = now + 60 * minutes[made], made + 1
+        pace.add(60 * minutes[made - 1], evaluation=None)
+    assert 0 <= cli.STARTED + 3_600 - 60 - now <= 60 * unused
+
+
+def test_max_hours_knows_an_evaluation_from_the_last(monkeypatch):
+    """Of five minutes where a step takes one: 20 minutes hold ten steps and one, or two of both."""
+    now, made = cli.STARTED, 0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    pace = train.Pace(TrainingConfig(eval_interval=5), deadline=now + 20 * 60)
+    stop = False
+    while not stop:
+        stop = not pace.allows_two(made, save_seconds=0)
+        made += 1
+        evaluated = train.is_evaluated(made, pace.config)
+        now += 60 + 300 * evaluated
+        pace.add(60, evaluation=300 if evaluated else None)
+    assert made == 10 and now - cli.STARTED == pytest.approx(20 * 60)
 
 
 def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, data_dir, tmp_path):
