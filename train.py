@@ -331,7 +331,14 @@ def train(setting: Setting, state: TrainState) -> int:
     if processes.is_main and finished:
         print(log.finished(state.best_val_loss))
     elif processes.is_main:
-        print(log.stopped(data_dir=arguments.data_dir, tracker=arguments.tracker))
+        print(
+            log.stopped(
+                script=Path(__file__),
+                launcher=processes.launcher,
+                data_dir=arguments.data_dir,
+                tracker=arguments.tracker,
+            )
+        )
     if finished:
         return 0
     if stop == "signal":

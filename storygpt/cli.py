@@ -73,12 +73,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def command_line(script: str, **flags) -> str:
+def command_line(script: str, launcher: str = "python", **flags) -> str:
     """Writes `python SCRIPT --flag value ...` as a shell takes it."""
-    words = ["python", script]
+    words = [script]
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
+    return f"{launcher} {shlex.join(words)}"
 
 
 class Signals(NamedTuple):

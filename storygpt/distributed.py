@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,23 @@ class Processes:
     def restarted(self) -> bool:
         """Whether torchrun has started this process anew, because one of them had died."""
         return self.launched and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+    @property
+    def launcher(self) -> str:
+        """What a shell takes to start a script on as many processes again, on each machine."""
+        own = os.environ.get
+        if not self.launched or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return "python"  # or what only those know who have written their own launcher
+        size = int(own("LOCAL_WORLD_SIZE", "1"))
+        flags = f"--nproc_per_node={size} --max-restarts={own('TORCHELASTIC_MAX_RESTARTS', '0')}"
+        if size == self.world_size:
+            return f"torchrun --standalone {flags}"
+        store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        return (
+            f"{store}={own(store, '0')} torchrun --nnodes={self.world_size // size} {flags} "
+            f"--rdzv_backend=c10d --rdzv_id={shlex.quote(own('TORCHELASTIC_RUN_ID'))} "
+            f"--rdzv_endpoint={own('MASTER_ADDR')}:29500"
+        )
 
     @property
     def is_main(self) -> bool:

@@ -145,12 +145,12 @@ class Log:
             f"{directory / FINAL}, the curves in {self.plot}; {self._speed()}"
         )
 
-    def stopped(self, data_dir: Path, tracker: str) -> str:
-        """Says how a run that has more steps to make goes on."""
-        flags = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
+    def stopped(self, script: Path, launcher: str, data_dir: Path, tracker: str) -> str:
+        """Says how a run that has more steps to make goes on, from whatever folder."""
+        flags = {"data_dir": data_dir.resolve(), "checkpoint_dir": self.plot.parent.resolve()}
         if tracker != "none":
             flags["tracker"] = tracker
-        command = command_line("train.py", resume=True, **flags)
+        command = command_line(str(script.resolve()), launcher, resume=True, **flags)
         step = self.metrics[-1]["step"] if self.metrics else 0
         return f"stopped after step {step:,} ({self._speed()}); continue with: {command}"
 

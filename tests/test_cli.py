@@ -53,15 +53,17 @@ def test_closed_output_ends_no_run(flags, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 20
 
 
-def test_printed_commands_work_when_pasted(script, data_dir, tmp_path):
+def test_printed_commands_work_when_pasted_anywhere(script, data_dir, tmp_path):
     folder = tmp_path / "new" / "a run; with 'quotes'"
-    flags = [*TINY, "--max_steps", "60", "--data_dir", data_dir, "--checkpoint_dir", folder]
-    process = script.start("train.py", *flags)
+    folder.mkdir(parents=True)
+    flags = [*TINY, "--max_steps", "60", "--checkpoint_dir", ".", "--data_dir"]
+    process = script.start("train.py", *flags, os.path.relpath(data_dir, folder), cwd=folder)
     wait_for_step(process, folder, 1)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     command = re.search(r"continue with: python (.*)", process.output.read_text())[1]
-    done = subprocess.run(f"{sys.executable} {command}", shell=True, cwd=ROOT, capture_output=True)
+    elsewhere = {"shell": True, "cwd": tmp_path, "capture_output": True}
+    done = subprocess.run(f"{sys.executable} {command}", **elsewhere)
     assert done.returncode == 0, done.stderr
     assert metrics_of(folder)[-1]["step"] == 60
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import entries, metrics_of, python
+from conftest import ROOT, entries, metrics_of, python
 
 import train
 from config import InputError
@@ -92,9 +92,10 @@ def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys)
         for entry in entries(20, first=11):
             log.add(entry)
         log.start = time.monotonic() - 10
-        said = log.stopped(tmp_path / "data", "none") if status else log.finished(2.0)
+        how = {"script": Path("train.py"), "launcher": "python", "tracker": "none"}
+        said = log.stopped(data_dir=tmp_path / "data", **how) if status else log.finished(2.0)
     assert "2,000 tokens/s with saves and evaluations" in said
-    assert (f"python train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
+    assert (f"python {ROOT}/train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
     assert ("best val_loss 2.0000" in said) == (status == 0)
     assert (tmp_path / "loss_plot.png").exists()
     # 60 steps are left, of 1,000 tokens at 500 a second

@@ -87,7 +87,7 @@ def test_interrupted_run_is_bit_identical(changes, stops, script, data_dir, undi
         process.join(60)
         assert process.exitcode == 128 + how
         output = process.output.read_text()
-        command = f"python train.py --resume --data_dir {data_dir} --checkpoint_dir {tmp_path}"
+        command = f"train.py --resume --data_dir {data_dir} --checkpoint_dir {tmp_path}"
         assert command in output and "Traceback" not in output
         last = load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"]
         assert step <= last == without_speed(tmp_path)[-1]["step"] < 120
