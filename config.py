@@ -78,7 +78,8 @@ class TrainingConfig:
     eval_windows: int = 6_400
     """Windows of the validation split that an evaluation averages over."""
     save_minutes: float = may_change(10.0)
-    """Minutes between saves of StoryGPT_latest.pt: the most that a power cut costs."""
+    """Minutes between saves of StoryGPT_latest.pt, which is the most that a power cut costs; and
+    minutes for which saves may fail before the run ends."""
     keep_interval: int = may_change(0)
     """Steps between weights kept for good, as StoryGPT_step_005000.pt; 0 keeps none."""
     dtype: Precision = "auto"

@@ -315,9 +315,9 @@ def train(setting: Setting, state: TrainState) -> int:
             if asked or began - last_save >= 60 * config.save_minutes:
                 if not evaluated:
                     check_new_weights(setting, state, entry)
+                signals.save.clear()
                 save(setting, state, [*names, LATEST])
                 last_save = began
-                signals.save.clear()
             if failing:  # a last try, after which an error ends the run
                 folder.wait()
 
@@ -328,17 +328,8 @@ def train(setting: Setting, state: TrainState) -> int:
         if processes.is_main:
             folder.wait(config.save_minutes if finished else 0)  # what goes on in the background
 
-    if processes.is_main and finished:
-        print(log.finished(state.best_val_loss))
-    elif processes.is_main:
-        print(
-            log.stopped(
-                script=Path(__file__),
-                launcher=processes.launcher,
-                data_dir=arguments.data_dir,
-                tracker=arguments.tracker,
-            )
-        )
+    if processes.is_main:
+        print(last_words(setting, state, log))
     if finished:
         return 0
     if stop == "signal":
@@ -485,6 +476,19 @@ def begin(setting: Setting, state: TrainState) -> Log:
         flops=state.model.flops_per_token() / setting.processes.world_size,
         device=setting.device,
         dtype=setting.dtype,
+    )
+
+
+def last_words(setting: Setting, state: TrainState, log: Log) -> str:
+    """Says what the run has left, or how it goes on."""
+    arguments = setting.arguments
+    if state.step == arguments.training.max_steps:
+        return log.finished(state.best_val_loss)
+    return log.stopped(
+        script=Path(__file__),
+        launcher=setting.processes.launcher,
+        data_dir=arguments.data_dir,
+        tracker=arguments.tracker,
     )
 
 

@@ -13,7 +13,7 @@ from storygpt.files import save_figure, write_atomically
 
 
 def parse_metrics(text: bytes, path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl read from `path`, in which steps may lack.
+    """Returns the lines of a metrics.jsonl read from `path`, in which steps may lack.
 
     A power cut can leave half of the last line, which does not count. Raises InputError where
     another line is not one that training wrote, or steps go back.
@@ -43,7 +43,7 @@ def parse_metrics(text: bytes, path: Path) -> list[dict]:
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict]:
-    """The lines of metrics.jsonl up to `last_step`, to which the file is cut; says what lacks.
+    """Returns the lines of metrics.jsonl up to `last_step`, to which it is cut; says what lacks.
 
     Raises InputError, the file untouched, as `parse_metrics` does.
     """
