@@ -251,7 +251,7 @@ def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
     if not latest:
         origin = start.origin if start else None
         return RunFacts(data=data, dtype=dtype, run_id=new_id, init_from=origin)
-    if latest["dtype"] != dtype:
+    if latest["dtype"] != dtype and beginning.processes.is_main:
         print(f"this run was in {latest['dtype']} and goes on in {dtype}")
     # A run keeps its id also where it goes on without its tracker for a while.
     run_id, origin = latest.get("run_id") or new_id, latest.get("init_from")

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
+from storygpt.cli import warn
 
 Stop = Literal["signal", "time"]  # what a run is stopped for before its last step
 
@@ -141,10 +141,9 @@ class Processes:
         versions = self.exchange(torch.__version__)
         for rank, version in enumerate(versions):
             if self.is_main and version != versions[0]:
-                print(
+                warn(
                     f"rank {rank} has torch {version} where rank 0 has {versions[0]}: their "
-                    "numbers may differ",
-                    file=sys.stderr,
+                    "numbers may differ"
                 )
 
     @contextmanager

@@ -34,8 +34,8 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
 
 
 def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None) -> bool:
-    """Tells whether a run goes on with these settings; one that has made no step, of weights that
-    were not given, has nothing to lose where they are others.
+    """Tells whether a run goes on with these settings. Where they are others, one that has saved no
+    step is rather begun anew, unless it was given weights to start from.
 
     `origin` is that of --init_from, where it was passed. Raises InputError with every setting in
     which these would change the run.
@@ -136,7 +136,9 @@ class RunFolder:
                 warn(f"{self.directory} is on a disk without locks: nothing keeps a second run out")
 
     def close(self) -> None:
-        """Unlocks the folder; where it was made for a run that never began, removes it."""
+        """Unlocks the folder, once nothing is written any more; where it was made for a run that
+        never began, removes it."""
+        self.writer.shutdown()
         self.guard.release()
         with suppress(OSError):
             if self.made and os.listdir(self.directory) == [".lock"]:

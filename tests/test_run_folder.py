@@ -2,7 +2,7 @@ import os
 import resource
 import signal
 import time
-from threading import Event
+from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +265,14 @@ def test_metrics_that_could_not_be_written_are_written_later(saving, tmp_path, c
     assert len(folder.unwritten) == 4  # not before the minute is over
     folder.wait()
     assert metrics_of(tmp_path) == lines
+
+
+def test_a_folder_is_not_unlocked_before_its_last_save_is_done(saving, tmp_path):
+    """Whatever ended the run, perhaps an error: who waits for the lock must see that save."""
+    saving.folder.save([LATEST], saving.checkpoint, {})
+    Timer(0.2, saving.go).start()
+    saving.folder.close()
+    assert (tmp_path / LATEST).exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(saving, tmp_path):
