@@ -241,6 +241,18 @@ def test_a_folder_need_not_be_shared(script, data_dir, single, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_the_launcher_of_several_machines_is_named(monkeypatch):
+    names = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    names |= {"MASTER_ADDR": "gpu1", "TORCHELASTIC_RUN_ID": "a tale"}
+    names |= {"TORCHELASTIC_MAX_RESTARTS": 3, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    assert Processes().launcher == (
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=2 "
+        "--max-restarts=3 --rdzv_backend=c10d --rdzv_id='a tale' --rdzv_endpoint=gpu1:29500"
+    )
+
+
 def test_another_torch_is_a_warning(monkeypatch, capsys):
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 1}
     for name, value in names.items():
@@ -303,9 +315,8 @@ def test_the_second_node_tells_its_mistake_too(script, flags):
 def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["train.py", *map(str, flags), "--max_steps", "5000"]
-    launcher = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **output)
     path = tmp_path / "run" / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert launcher.poll() is None, launcher.stderr.read()
@@ -313,7 +324,11 @@ def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_p
     workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
     for pid in [launcher.pid, *map(int, workers.stdout.split())]:
         os.kill(pid, signal.SIGTERM)
-    launcher.communicate(timeout=60)
+    said, _ = launcher.communicate(timeout=60)
+    assert (
+        "continue with: torchrun --standalone --nproc_per_node=2 --max-restarts=0 "
+        f"{ROOT}/train.py --resume "
+    ) in said
     last = metrics_of(tmp_path / "run")[-1]["step"]
     assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == last < 5000
 
