@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, metrics_of, python, wait_for_step
+from conftest import ROOT, TINY, metrics_of, python, wait_for_step
 from PIL import Image
 
 import train
@@ -336,7 +336,7 @@ def test_max_hours_says_that_there_is_more(script, flags, tmp_path):
     for step in (1, 2, 3):  # one is made however little time there is: a chain of jobs ends
         result = script("train.py", *flags)
         assert result.code == (75 if step < 3 else 0), result.output
-        assert ("continue with: python train.py --resume" in result.output) == (step < 3)
+        assert (f"continue with: python {ROOT}/train.py --resume" in result.output) == (step < 3)
         assert ("done: best val_loss" in result.output) == (step == 3)
         assert metrics_of(tmp_path / "run")[-1]["step"] == step
         assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == step
