@@ -136,9 +136,8 @@ def start_workers(num_proc: int) -> Iterator[Executor]:
     try:
         pool = ProcessPoolExecutor(num_proc, get_context("spawn"), follow_parent)
     except (ImportError, NotImplementedError, OSError) as error:  # no semaphores, no descriptors
-        print(
-            f"no worker processes here ({one_line(error)}): encoding in this one", file=sys.stderr
-        )
+        reason = one_line(error)
+        print(f"no worker processes can be had ({reason}): encoding in this one", file=sys.stderr)
         pool = ThreadPoolExecutor(num_proc)
     try:
         yield pool
@@ -276,7 +275,8 @@ def find_openings(
     kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
     common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
     openings = []
-    for kind in sorted(np.flatnonzero(common), key=lambda kind: -counts[kind])[:NUM_OPENINGS]:
+    commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
+    for kind in commonest[:NUM_OPENINGS]:
         story = kept[firsts[kind]]
         file.seek(2 * ends[story])
         ids = np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1))

@@ -76,11 +76,14 @@ def explain(error: Exception) -> str:
         elif status >= 500:
             means = "the Hub has trouble: run the same command again later"
         else:
-            means = REFUSALS.get(status) or error.server_message or "the Hub does not say why"
+            said = " ".join((error.server_message or "it does not say why").split())
+            means = REFUSALS.get(status, said)
         return f"(HTTP {status}): {shorten(means)}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "(HF_HUB_OFFLINE is set): unset it and run the same command again"
-    if isinstance(error, errors.HTTPError) and constants.ENDPOINT.startswith("http"):
+    if isinstance(error, errors.HTTPError) and not has_address():
+        return f"(HF_ENDPOINT is {constants.ENDPOINT}): begin it with https://"
+    if isinstance(error, errors.HTTPError):
         return f"({name}): check the network and run the same command again"
     if isinstance(error, errors.CachedRepoTreeNotFoundError) or getattr(error, "errno", None):
         place = getattr(error, "filename", None) or constants.HF_HUB_CACHE
@@ -95,7 +98,15 @@ def is_transient(error: Exception) -> bool:
 
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, errors.HTTPError | errors.OfflineModeIsEnabled)
+    offline = isinstance(error, errors.OfflineModeIsEnabled)
+    return offline or (isinstance(error, errors.HTTPError) and has_address())
+
+
+def has_address() -> bool:
+    """Whether the Hub's address is one."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT.startswith(("https://", "http://"))
 
 
 def retry(call: Callable[[], object]):
@@ -203,8 +214,9 @@ def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None
     try:
         commit, files = list_files(name, kind, revision, offline=True)
     except Exception as error:
+        other = ", and --dataset builtin needs no network" if kind == "dataset" else ""
         raise InputError(
-            f"{name} cannot be downloaded {why}; the cache does not have it whole"
+            f"{name} cannot be downloaded {why}; the cache does not have it whole{other}"
         ) from error
     print(f"taking {name} at commit {commit} from the cache {why}", file=sys.stderr)
     return Repo(name, kind, commit, files, offline=why)

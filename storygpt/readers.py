@@ -248,9 +248,13 @@ def json_rows(stream: JSONStream, key: str | None) -> Iterator:
     """The items of the lists under `key`; without one, the file's objects and its lists' items."""
     while character := stream.peek():
         if key is not None:
+            keys = []
             for found, items in stream.fields():
+                keys.append(found)
                 if found == key:
                     yield from items
+            if key not in keys:
+                raise InputError(f"it has an object without {key!r}, where the first has its rows")
         elif character == "[":
             yield from stream.items()
         else:

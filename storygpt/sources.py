@@ -32,7 +32,7 @@ from storygpt.readers import (
 
 BUILTIN = ("builtin", "sample")
 NUM_BUILTIN_STORIES = 20_000
-HIDDEN = "hidden"
+HIDDEN, ANOTHER_NAME = "hidden", "another name of what is read"
 LEFT_OUT_TEST = "test, as there is validation"
 LEFT_OUT_TEXTS = ".txt beside structured files"
 FEW_OF_MANY = 20  # a file in so many, or more, may be called "dev" or "test" for another reason
@@ -127,7 +127,7 @@ def open_repo(
 ) -> Stories:
     """Open the stories of a data set on the Hub."""
     repo = hub.open_repo(name, "dataset", revision)
-    files = Files(name, repo.files, partial(hub.fetch, repo), repo.commit)
+    files = Files(name, sorted(repo.files, key=walk_order), partial(hub.fetch, repo), repo.commit)
     if revision == hub.PARQUET:  # where the Hub makes a folder of each subset
         folders = sorted({file.split("/")[0] for file in repo.files if "/" in file})
         configs = {folder: {"data_dir": folder} for folder in folders}
@@ -269,7 +269,7 @@ def walk(folder: Path, left_out: Found) -> list[str]:
             if name.startswith("."):
                 left_out[HIDDEN].append(shown)
             elif place in seen or folder.resolve().is_relative_to(place):
-                left_out["another name of what is read"].append(shown)
+                left_out[ANOTHER_NAME].append(shown)
             elif path.is_file() or path.is_dir():
                 seen.add(place)
                 names += [shown] if path.is_file() else []
@@ -282,9 +282,15 @@ def walk(folder: Path, left_out: Found) -> list[str]:
     return names
 
 
+def walk_order(name: str) -> list[tuple[bool, str]]:
+    """Sort key by which names come as `walk` finds them: a folder's files before its folders."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
 def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
     """Return the data files below a folder by split, as their names say it."""
-    taken, found, everything = {}, defaultdict(list), {*names}
+    taken, found, everything = {}, defaultdict(list), {*names, *left_out[ANOTHER_NAME]}
     for name in names:
         path, kind = PurePosixPath(name), kind_of(name)
         stem = path.name.lower().partition(kind)[0] if kind else path.stem.lower()
