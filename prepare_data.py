@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -31,8 +30,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from config import InputError, check_whole
-from storygpt.encoding import Encoded, encode_stories, opening_of
-from storygpt.sources import Stories, describe, open_stories
+from storygpt.encoding import NO_STORIES, Encoded, encode_stories, opening_of
+from storygpt.sources import Stories, list_left_out, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
 from storygpt.tokenizer import GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer
 
@@ -82,17 +81,13 @@ class Arguments:
 # --- Encoding, in worker processes ---
 
 
-def describe_tokenizer(vocab_size: int) -> dict:
-    """Return what meta.json says of the tokenizer, which takes memory: the parent has no need of
-    it."""
+def describe(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[str]]:
+    """Return what meta.json says of the tokenizer, and the openings of stories that begin with
+    these ids. Both take a tokenizer, which the parent has no need of, and memory for it."""
     tokenizer = load_tokenizer(vocab_size)
-    name, end_of_text = tokenizer.name, tokenizer.eot_token
-    return {"tokenizer": name, "vocab_size": tokenizer.n_vocab, "end_of_text": end_of_text}
-
-
-def decode_opening(ids: list[int], vocab_size: int) -> str:
-    """Return the opening of a story that begins with `ids`."""
-    return opening_of(load_tokenizer(vocab_size).decode(ids))
+    names = {"tokenizer": tokenizer.name, "vocab_size": vocab_size}
+    openings = [opening_of(tokenizer.decode(ids)) for ids in beginnings]
+    return names | {"end_of_text": tokenizer.eot_token}, openings
 
 
 def follow_parent() -> None:
@@ -106,28 +101,17 @@ def follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-@contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Put off Ctrl-C; processes that are started here do not get it while they import, either."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def submit(pool: Executor, function: Callable, *arguments) -> Future:
     """Give the pool some work, for which it starts one more process unless one is idle."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
     try:
-        with interrupts_wait():
-            return pool.submit(function, *arguments)
+        return pool.submit(function, *arguments)
     except OSError as error:
         raise InputError(
             f"no more processes can be started ({error.strerror}): pass a smaller --num_proc"
         ) from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
@@ -251,7 +235,7 @@ def encode_split(
 
     Marks the ids that are used in `seen`, (vocab_size,) bool.
     """
-    parts = [encode_stories([], arguments.vocab_size)]
+    parts = [NO_STORIES]
     with path.open("wb") as file:
         batches = batched(stories)
         for part in encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc):
@@ -259,37 +243,36 @@ def encode_split(
             seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
             parts.append(part._replace(ids=parts[0].ids))  # a slice would keep all of them
             bar.update(len(part.tokens))
-    return Encoded(*map(np.concatenate, zip(*parts, strict=True)))
+    return Encoded._make(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def find_openings(
-    file: BinaryIO, encoded: Encoded, keep: np.ndarray, pool: Executor, vocab_size: int
-) -> list[tuple[str, float]]:
-    """Return how the stories to `keep` begin most often, each opening with its share of them.
+    file: BinaryIO, encoded: Encoded, keep: np.ndarray
+) -> tuple[list[list[int]], list[float]]:
+    """Find the openings that the stories to `keep` have most often: return the first ids of a story
+    with each, out of a scratch file, and its share of the stories.
 
-    `file` holds their ids. What one story alone begins with, or less than one in a hundred, is
-    theirs, and not to be shown.
+    What one story alone begins with, or less than one in a hundred, is not to be shown.
     """
     ends = np.concatenate(([0], encoded.tokens.cumsum(dtype=np.int64)))
     kept = np.flatnonzero(keep)
     kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
     common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
-    openings = []
     commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
+    beginnings, shares = [], []
     for kind in commonest[:NUM_OPENINGS]:
         story = kept[firsts[kind]]
         file.seek(2 * ends[story])
-        ids = np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1))
-        text = submit(pool, decode_opening, ids.tolist(), vocab_size).result()
-        openings.append((text, round(counts[kind] / len(kept), 4)))
-    return openings
+        beginnings.append(np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1)).tolist())
+        shares.append(round(counts[kind] / len(kept), 4))
+    return beginnings, shares
 
 
 def write_splits(
     scratch: Path, read: dict[str, Encoded], pool: Executor, arguments: Arguments
 ) -> dict:
     """Write the two files in `scratch` from what was encoded there; return what meta.json says of
-    them, of the duplicates and the openings. Raises InputError where a split would be empty."""
+    what they hold. Raises InputError where a split would be empty."""
     source, keep = dict.fromkeys(SPLITS, "train"), {}
     for split, encoded in read.items():
         source[split], keep[split] = split, np.ones(len(encoded.tokens), bool)
@@ -311,51 +294,52 @@ def write_splits(
                 f"every train story of {arguments.dataset} is in the validation split, too: "
                 "leave out --deduplicate"
             )
-    counts, openings = {}, {}
+    counts = {}
     for split in SPLITS:
         writer = SplitWriter(scratch / f"{split}.bin")
         encoded = read[source[split]]
         with (scratch / f"{source[split]}.ids").open("rb") as file:
             copy_stories(file, encoded, keep[split], writer)
             if split == "train":
-                openings = find_openings(file, encoded, keep[split], pool, arguments.vocab_size)
+                beginnings, shares = find_openings(file, encoded, keep[split])
         counts[split] = writer.close()
+    tokenizer, openings = submit(pool, describe, beginnings, arguments.vocab_size).result()
     return {
+        **tokenizer,
         "splits": counts,
         "duplicates": {"in train": repeated, "validation in train": in_train},
         "deduplicated": arguments.deduplicate,
-        "openings": openings,
+        "openings": list(zip(openings, shares, strict=True)),
     }
 
 
 @contextmanager
 def scratch_folder(data_dir: Path) -> Iterator[Path]:
-    """A folder in `data_dir`, which goes in the end, as does what runs that were killed have left.
+    """Yield an empty folder in `data_dir`, which goes in the end.
 
-    Raises InputError where another process is at work in one. The lock ends with its process; on a
+    Raises InputError where another process is at work in it. The lock ends with its process; on a
     disk without locks nobody is seen.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in data_dir.glob(".prepare-*"):
-        lock = FileLock(leftover / "lock", fallback_to_soft=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise InputError(
-                f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
-            ) from error
-        except OSError:
-            pass
+    scratch = data_dir / ".prepare"
+    scratch.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(scratch / "lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
+        ) from error
+    except OSError:
+        pass
+    try:
+        for leftover in scratch.glob("*.*"):  # of a run that was killed
+            leftover.unlink()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # first, or it would be another's by then
         lock.release()
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir) as scratch:
-        lock = FileLock(Path(scratch, "lock"), fallback_to_soft=False)
         with suppress(OSError):
-            lock.acquire()
-        try:
-            yield Path(scratch)
-        finally:
-            lock.release()
+            scratch.rmdir()  # on Windows, where a file that is open stays
 
 
 def prepare(arguments: Arguments) -> dict:
@@ -378,7 +362,7 @@ def prepare(arguments: Arguments) -> dict:
     data_dir, skipped, read = arguments.data_dir, Counter(), {}
     with ExitStack() as stack:
         pool = stack.enter_context(start_workers(arguments.num_proc))
-        tokenizer = submit(pool, describe_tokenizer, arguments.vocab_size)
+        submit(pool, describe, [], arguments.vocab_size)  # a worker gets ready meanwhile
         source = open_stories(
             arguments.dataset,
             text_column=arguments.text_column,
@@ -396,7 +380,6 @@ def prepare(arguments: Arguments) -> dict:
                 path = scratch / f"{split}.ids"
                 read[split] = encode_split(stories, pool, path, arguments, bar, seen)
         meta = {
-            **tokenizer.result(),
             "dataset": arguments.dataset,
             "subset": arguments.subset,
             "revision": source.commit,
@@ -431,7 +414,7 @@ def summarize(
     for note in source.notes:
         print(f"note: {note}")
     if source.left_out:
-        print(f"not read: {describe(source.left_out)}")
+        print(f"not read: {list_left_out(source.left_out)}")
     print(
         f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with at most "
         f"{arguments.num_proc} processes; written to {arguments.data_dir}"

@@ -33,6 +33,15 @@ class Encoded(NamedTuple):
     openings: np.ndarray
 
 
+NO_STORIES = Encoded(
+    ids=np.empty(0, "<u2"),
+    tokens=np.empty(0, np.uint32),
+    bytes=np.empty(0, np.uint32),
+    hashes=np.empty((0, 2), np.uint64),
+    openings=np.empty(0, np.uint64),
+)
+
+
 def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
     """Encode each story, and put an end-of-text behind it.
 
@@ -88,7 +97,7 @@ def encode_joined(stories: list[str], tokenizer: tiktoken.Encoding) -> np.ndarra
                 )
     end = np.array([tokenizer.eot_token], "<u2")
     parts = [part for story in stories for part in (encode_text(story, tokenizer), end)]
-    return np.concatenate([np.empty(0, "<u2"), *parts])
+    return np.concatenate([NO_STORIES.ids, *parts])
 
 
 def encode_text(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:

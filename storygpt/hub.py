@@ -166,9 +166,12 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
     """
     from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import tqdm
 
-    disable_progress_bars("huggingface_hub.snapshot_download")  # of one README.md
+    class NoBar(tqdm):  # for one README.md
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords | {"disable": True})
+
     said = None
     if not offline and not COMMIT.fullmatch(revision or ""):
         said = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha
@@ -179,6 +182,7 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
             revision=revision,
             allow_patterns="README.md",
             local_files_only=offline,
+            tqdm_class=NoBar,
         )
     except LocalEntryNotFoundError as error:  # the fault itself, where it is wrapped around one
         raise error.__cause__ or error from None

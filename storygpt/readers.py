@@ -295,10 +295,10 @@ def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         yield number, fields if line.strip("\r\n") else []
 
 
-def table_stories(
-    path: Path, column: str, rows_of: Callable, separator: str, hint: str
-) -> Iterator[str]:
+def table_stories(path: Path, column: str) -> Iterator[str]:
     """The stories of a .csv or .tsv file: never a null, whatever word they hold."""
+    csv.field_size_limit(2**31 - 1)
+    separator, rows_of = ("\t", tsv_rows) if kind_of(path.name) == ".tsv" else (",", csv_rows)
     with open_text(path) as file:
         first = file.readline()
         other = max(",;\t|", key=first.count)
@@ -315,23 +315,11 @@ def table_stories(
         for line, row in rows:
             if row and len(row) != len(header):
                 raise InputError(
-                    f"line {line} has {len(row)} fields where the header has {len(header)}: {hint}"
+                    f"line {line} has {len(row)} fields where the header has {len(header)}: a "
+                    "field with a separator or a line break needs quotation marks, and a .csv"
                 )
             if row:
                 yield row[header.index(column)]
-
-
-def csv_stories(path: Path, column: str) -> Iterator[str]:
-    """The stories of a .csv file."""
-    csv.field_size_limit(2**31 - 1)
-    hint = "put quotation marks around fields that hold a comma or a line break"
-    return table_stories(path, column, rows_of=csv_rows, separator=",", hint=hint)
-
-
-def tsv_stories(path: Path, column: str) -> Iterator[str]:
-    """The stories of a .tsv file."""
-    hint = "no field of a .tsv holds a tab or a line break"
-    return table_stories(path, column, rows_of=tsv_rows, separator="\t", hint=hint)
 
 
 def arrow_stories(
@@ -408,8 +396,8 @@ READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
     ".txt": text_stories,
     ".jsonl": jsonl_stories,
     ".json": json_stories,
-    ".csv": csv_stories,
-    ".tsv": tsv_stories,
+    ".csv": table_stories,
+    ".tsv": table_stories,
     ".parquet": parquet_stories,
 }
 KINDS_READ = f"{', '.join(READERS)}; all but .parquet also packed as {', '.join(PACKED)}"

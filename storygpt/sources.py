@@ -152,7 +152,7 @@ def open_files(
         found = find_files(files.names, left_out)
     if not found:
         remedy = hub.other_form(files.place) if files.commit else f"this script reads {KINDS_READ}"
-        reason = describe(left_out) or "it is empty"
+        reason = list_left_out(left_out) or "it is empty"
         raise InputError(f"{files.place} holds no stories ({reason}): {remedy}")
     splits, left_out[LEFT_OUT_TEST] = choose_splits(files.place, found)
     names = [name for split in splits.values() for name in split]
@@ -393,11 +393,10 @@ def find_declared(
     return found
 
 
-def describe(left_out: Found) -> str:
+def list_left_out(left_out: Found) -> str:
     """Say in one line what was not read, and why."""
-    return "; ".join(
-        f"{reason}: {shorten(', '.join(names[:4]))}"
-        + f" and {len(names) - 4:,} more" * (len(names) > 4)
-        for reason, names in left_out.items()
-        if names
-    )
+    parts = []
+    for reason, names in left_out.items():
+        more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""
+        parts += [f"{reason}: {shorten(', '.join(names[:4]), 100)}{more}"] if names else []
+    return shorten("; ".join(parts), 480)

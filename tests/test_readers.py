@@ -165,7 +165,7 @@ def test_tsv_is_read_as_it_is_written(tmp_path):
     put(tmp_path, {"a.tsv": "id\ttext\r\n" + rows, "b.tsv": 'text\n\n"A.\nB."', "empty.tsv": ""})
     assert read(tmp_path) == {"train": [*fields.values(), '"A.', 'B."']}
     put(tmp_path, {"c.tsv": 'id\ttext\n1\tA.\n2\t"B.\n\nC."\n'})
-    refused(tmp_path / "c.tsv", "line 5 has 1 fields where the header has 2: no field of a .tsv")
+    refused(tmp_path / "c.tsv", "line 5 has 1 fields where the header has 2")
 
 
 def test_byte_order_marks_and_other_encodings(tmp_path):

@@ -9,7 +9,7 @@ from story_files import LONG, csv, jsonl, parquet, put, read, refused, txt
 
 from config import InputError
 from storygpt.builtin_stories import sample_stories
-from storygpt.sources import describe, match_files, open_stories, split_of
+from storygpt.sources import list_left_out, match_files, open_stories, split_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:5ab5\nsize 2227753162\n"
 
@@ -317,7 +317,7 @@ def test_a_validation_split_that_one_name_among_many_made_is_noted(tmp_path):
 
 def test_no_line_grows_with_what_lies_there(tmp_path):
     put(tmp_path, {f"{i}{'x' * 200}.md": "hm" for i in range(500)} | {"a.jsonl": jsonl(LONG)})
-    line = describe(left_out(tmp_path))
+    line = list_left_out(left_out(tmp_path))
     assert len(line) < 300 and line.endswith(" and 496 more")
 
 
