@@ -9,11 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# isort: split
+from storygpt import cli
 
-from storygpt import cli  # first: it answers Ctrl-C while torch loads
-
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -6,11 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# isort: split
+from storygpt import cli
 
-from storygpt import cli  # first: it answers Ctrl-C while torch loads
-
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import math
 import re
@@ -30,10 +29,10 @@ from model import GPT
 from storygpt.batches import Batches
 from storygpt.checkpoint import build_model, load_checkpoint
 from storygpt.files import METRICS, save_figure
+from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.judging.measures import find_names, sentences
 from storygpt.kernels import pack_linears
-from storygpt.measures import find_names, sentences
 from storygpt.metrics import parse_metrics, smoothed
-from storygpt.telling import tell
 from storygpt.token_files import load_meta, load_tokens
 from storygpt.tokenizer import load_tokenizer
 
@@ -253,7 +252,8 @@ def show_stories(model: GPT, story: Story) -> None:
     stop(f"11: sampling, from {prompt!r}")
     pack_linears(model)  # as generate.py does
     for temperature in (0.0, 0.8, 1.5):
-        ((text, _),) = tell(model, prompt, [SEED], temperature=temperature)
+        settings = GenerationSettings(temperature=temperature)
+        ((text, _),) = generate_stories(model, prompt, [SEED], settings)
         print(f"temperature {temperature}:{text.removeprefix(prompt)}")
 
 
