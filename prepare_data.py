@@ -45,7 +45,7 @@ RAREST_OPENING = 0.01  # of the stories
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may run on."""
+    """Returns how many CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -53,7 +53,7 @@ def usable_cpus() -> int:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Encode stories into train.bin, validation.bin and meta.json."""
+    """Encodes stories into train.bin, validation.bin and meta.json."""
 
     dataset: str = "roneneldan/TinyStories"
     """A data set on the Hub, `builtin` (a story grammar, needs no network; also `sample`), a
@@ -84,7 +84,7 @@ class Arguments:
 
 
 def describe(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[str]]:
-    """Return what meta.json says of the tokenizer, and the openings of stories that begin with
+    """Returns what meta.json says of the tokenizer, and the openings of stories that begin with
     these ids. Both take a tokenizer, which the parent has no need of, and memory for it."""
     tokenizer = load_tokenizer(vocab_size)
     names = {"tokenizer": tokenizer.name, "vocab_size": vocab_size}
@@ -93,7 +93,7 @@ def describe(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[s
 
 
 def follow_parent() -> None:
-    """End this worker when its parent has ended, however that was; leave Ctrl-C to the parent."""
+    """Ends this worker when its parent has ended, however that was; leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
@@ -104,7 +104,7 @@ def follow_parent() -> None:
 
 
 def submit(pool: Executor, function: Callable, *arguments) -> Future:
-    """Give the pool some work, for which it starts one more process unless one is idle."""
+    """Gives the pool some work, for which it starts one more process unless one is idle."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
     try:
         return pool.submit(function, *arguments)
@@ -118,7 +118,7 @@ def submit(pool: Executor, function: Callable, *arguments) -> Future:
 
 @contextmanager
 def start_workers(num_proc: int) -> Iterator[Executor]:
-    """Yield a pool of at most `num_proc` processes, or of threads where there can be none."""
+    """Yields a pool of at most `num_proc` processes, or of threads where there can be none."""
     try:
         pool = ProcessPoolExecutor(num_proc, get_context("spawn"), follow_parent)
     except (ImportError, NotImplementedError, OSError) as error:  # no semaphores, no descriptors
@@ -136,7 +136,7 @@ def start_workers(num_proc: int) -> Iterator[Executor]:
 
 
 def batched(stories: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive lists of at most BATCH stories and about BATCH_CHARACTERS characters."""
+    """Yields consecutive lists of at most BATCH stories and about BATCH_CHARACTERS characters."""
     batch, characters = [], 0
     for story in stories:
         batch.append(story)
@@ -151,7 +151,7 @@ def batched(stories: Iterable[str]) -> Iterator[list[str]]:
 def encode_in_parallel(
     batches: Iterable[list[str]], pool: Executor, vocab_size: int, num_proc: int
 ) -> Iterator[Encoded]:
-    """encode_stories of each batch in order, with a bounded number of them in memory."""
+    """Encodes batches in order, with a bounded number of them in memory."""
 
     def result(future: Future) -> Encoded:
         try:
@@ -175,7 +175,7 @@ def encode_in_parallel(
 
 
 def kept_stories(stories: Iterable[str | None], skipped: Counter) -> Iterator[str]:
-    """Yield the stories that hold anything; those that do not are counted in `skipped`.
+    """Yields the stories that hold anything; those that do not are counted in `skipped`.
 
     A byte-order mark belongs to the file that a story comes from, not to the story.
     """
@@ -188,8 +188,8 @@ def kept_stories(stories: Iterable[str | None], skipped: Counter) -> Iterator[st
 
 
 def find_duplicates(train: np.ndarray, validation: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Which train stories are the first of their kind and not in validation, (train,) bool; how
-    many train stories repeat an earlier one, and how many validation stories are in train.
+    """Finds which train stories are the first of their kind and not in validation, (train,) bool;
+    how many train stories repeat an earlier one, and how many validation stories are in train.
 
     The stories are given as hashes, (stories, 2) uint64.
     """
@@ -206,7 +206,10 @@ def find_duplicates(train: np.ndarray, validation: np.ndarray) -> tuple[np.ndarr
 
 
 def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
-    """Which stories are held out: (num_stories,) bool. Raises InputError where there is but one."""
+    """Draws which stories are held out: (num_stories,) bool.
+
+    Raises InputError where there is but one.
+    """
     if num_stories == 1:
         raise InputError(
             f"{name} holds one story alone, which cannot be both train and validation: add "
@@ -251,8 +254,8 @@ def encode_split(
 def find_openings(
     file: BinaryIO, encoded: Encoded, keep: np.ndarray
 ) -> tuple[list[list[int]], list[float]]:
-    """Find the openings that the stories to `keep` have most often: return the first ids of a story
-    with each, out of a scratch file, and its share of the stories.
+    """Finds the openings that the stories to `keep` have most often: returns the first ids of a
+    story with each, out of a scratch file, and its share of the stories.
 
     What one story alone begins with, or less than one in a hundred, is not to be shown.
     """
@@ -273,7 +276,7 @@ def find_openings(
 def write_splits(
     scratch: Path, read: dict[str, Encoded], pool: Executor, arguments: Arguments
 ) -> dict:
-    """Write the two files in `scratch` from what was encoded there; return what meta.json says of
+    """Writes the two files in `scratch` from what was encoded there; return what meta.json says of
     what they hold. Raises InputError where a split would be empty."""
     source, keep = dict.fromkeys(SPLITS, "train"), {}
     for split, encoded in read.items():
@@ -317,7 +320,7 @@ def write_splits(
 
 @contextmanager
 def scratch_folder(data_dir: Path) -> Iterator[Path]:
-    """Yield an empty folder in `data_dir`, which goes in the end.
+    """Yields an empty folder in `data_dir`, which goes in the end.
 
     Raises InputError where another process is at work in it. The lock ends with its process; on a
     disk without locks nobody is seen.
@@ -398,7 +401,7 @@ def prepare(arguments: Arguments) -> dict:
 def summarize(
     meta: dict, source: Stories, empty: int, distinct: int, seconds: float, arguments: Arguments
 ) -> None:
-    """Print what was read, what was not, and what the files hold."""
+    """Prints what was read, what was not, and what the files hold."""
     counts = meta["splits"]
     total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
     if source.commit:

@@ -61,7 +61,7 @@ def progress_bar(**options):
 
 
 def shorten(text: str, most: int = 200) -> str:
-    """Leave out the middle of a text of more than `most` characters."""
+    """Leaves out the middle of a text of more than `most` characters."""
     half = most // 2 - 2
     return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
 

@@ -43,7 +43,7 @@ NO_STORIES = Encoded(
 
 
 def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
-    """Encode each story, and put an end-of-text behind it.
+    """Encodes each story, and put an end-of-text behind it.
 
     Raises InputError for what cannot be encoded.
     """
@@ -60,7 +60,7 @@ def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
 
 
 def measure_texts(stories: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the UTF-8 bytes of each story, and a hash of them, as in `Encoded`."""
+    """Returns the UTF-8 bytes of each story, and a hash of them, as in `Encoded`."""
     texts = [story.encode() for story in stories]
     hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
     return (
@@ -70,7 +70,7 @@ def measure_texts(stories: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hash_openings(stories: list[str]) -> np.ndarray:
-    """Return a hash of each story's opening, as in `Encoded`."""
+    """Returns a hash of each story's opening, as in `Encoded`."""
     openings = [opening_of(story).encode() for story in stories]
     hashes = [
         hashlib.blake2b(text, digest_size=8).digest() if text else bytes(8) for text in openings
@@ -79,15 +79,15 @@ def hash_openings(stories: list[str]) -> np.ndarray:
 
 
 def opening_of(story: str) -> str:
-    """Return a story's first four words, without the punctuation behind them; "" where it has fewer
-    or they are more than 40 characters."""
+    """Returns a story's first four words, without the punctuation behind them; "" where it has
+    fewer or they are more than 40 characters."""
     words = story[: 2 * LONGEST_OPENING].split(maxsplit=OPENING_WORDS)[:OPENING_WORDS]
     opening = " ".join(words).rstrip(".,;:!?…\"'”’)")
     return opening if len(words) == OPENING_WORDS and len(opening) <= LONGEST_OPENING else ""
 
 
 def encode_joined(stories: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """Encode stories with an end-of-text behind each: (tokens,) uint16."""
+    """Encodes stories with an end-of-text behind each: (tokens,) uint16."""
     if len(stories) > 1:  # in one call: a call a story is slower
         joined = END_OF_TEXT.join([*stories, ""])
         if joined.count(END_OF_TEXT) == len(stories):  # where a story spells it, it stays text
@@ -101,7 +101,7 @@ def encode_joined(stories: list[str], tokenizer: tiktoken.Encoding) -> np.ndarra
 
 
 def encode_text(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """Encode a text in which nothing is special: (tokens,) uint16.
+    """Encodes a text in which nothing is special: (tokens,) uint16.
 
     Raises InputError for what cannot be encoded.
     """
@@ -117,7 +117,7 @@ def encode_text(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 
 def encode_between_white_space(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """Encode a text with more white space in a row than the engine that finds the pattern can go
+    """Encodes a text with more white space in a row than the engine that finds the pattern can go
     back over, about a million, by giving it the pieces that it would find there."""
     pieces, end = [], 0
     for match in LONG_WHITE_SPACE.finditer(text):

@@ -45,7 +45,7 @@ class Repo(NamedTuple):
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the Hub could have a repo of that name: owner/name."""
+    """Says whether the Hub could have a repo of that name: owner/name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -60,7 +60,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def explain(error: Exception) -> str:
-    """Say in brackets what failed, then what mends it; no token, and no address of the Hub."""
+    """Says in brackets what failed, then what mends it; no token, and no address of the Hub."""
     from huggingface_hub import constants, errors
 
     while error.__cause__ and not isinstance(error, errors.HTTPError | errors.OfflineModeIsEnabled):
@@ -68,32 +68,32 @@ def explain(error: Exception) -> str:
     name = type(error).__name__
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
+        said = shorten(" ".join((error.server_message or "the Hub does not say why").split()))
+        means = REFUSALS.get(status, said)
         if isinstance(error, errors.GatedRepoError):
-            means = "its owners give it to whom they know: ask for access on its page on the Hub, "
-            means += "and log in with `hf auth login`"
+            means = "ask for access on its page on the Hub, and log in with `hf auth login`"
         elif isinstance(error, errors.RevisionNotFoundError):
             means = "there is no such revision: check --revision"
+        elif isinstance(error, errors.DisabledRepoError):
+            means = said
         elif status >= 500:
             means = "the Hub has trouble: run the same command again later"
-        else:
-            said = " ".join((error.server_message or "it does not say why").split())
-            means = REFUSALS.get(status, said)
-        return f"(HTTP {status}): {shorten(means)}"
+        return f"(HTTP {status}): {means}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "(HF_HUB_OFFLINE is set): unset it and run the same command again"
     if isinstance(error, errors.HTTPError) and not has_address():
         return f"(HF_ENDPOINT is {constants.ENDPOINT}): begin it with https://"
-    if isinstance(error, errors.HTTPError):
+    if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError):
         return f"({name}): check the network and run the same command again"
     if isinstance(error, errors.CachedRepoTreeNotFoundError) or getattr(error, "errno", None):
         place = getattr(error, "filename", None) or constants.HF_HUB_CACHE
         reason = getattr(error, "strerror", None) or "it cannot be written"
         return f"({reason}: {place}): free some space, or set HF_HOME to a folder elsewhere"
-    return f"({name}): {shorten(one_line(error))}"
+    return f"({name}): {one_line(error)}"
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may well be answered another time."""
+    """Says whether the same request may well be answered another time."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError):
@@ -103,14 +103,14 @@ def is_transient(error: Exception) -> bool:
 
 
 def has_address() -> bool:
-    """Whether the Hub's address is one."""
+    """Says whether the Hub's address is one."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT.startswith(("https://", "http://"))
 
 
 def retry(call: Callable[[], object]):
-    """Return what `call` does, tried again after a server's fault, a cut connection or a 429."""
+    """Returns what `call` does, tried again after a server's fault, a cut connection or a 429."""
     from huggingface_hub import errors
 
     for wait in TRIES:
@@ -133,7 +133,7 @@ def retry(call: Callable[[], object]):
 
 
 def check_token(token: str | None) -> str:
-    """Return the token given, else that of the environment or the saved login, or "".
+    """Returns the token given, else that of the environment or the saved login, or "".
 
     Raises InputError for one that HTTP could not carry.
     """
@@ -146,7 +146,7 @@ def check_token(token: str | None) -> str:
 
 
 def find_token(token: str | None) -> str:
-    """Return a token as `check_token` does. Raises InputError where there is none."""
+    """Returns a token as `check_token` does. Raises InputError where there is none."""
     token = check_token(token)
     if not token:
         raise InputError(
@@ -160,7 +160,7 @@ def find_token(token: str | None) -> str:
 
 
 def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tuple[str, list[str]]:
-    """Return the commit that a repo is at and the names of its files there.
+    """Returns the commit that a repo is at and the names of its files there.
 
     Leaves both in the cache, and README.md with them; `offline` takes them from there.
     """
@@ -195,7 +195,7 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
 
 
 def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None = None) -> Repo:
-    """List the files of a repo on the Hub at one commit.
+    """Lists the files of a repo on the Hub at one commit.
 
     Where the Hub does not answer, that is what the cache holds of the last commit seen, and a line
     says so. Raises InputError.
@@ -227,7 +227,7 @@ def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None
 
 
 def fetch(repo: Repo, file: str) -> Path:
-    """Return where a file of `repo` lies here, downloaded first if need be. Raises InputError."""
+    """Returns where a file of `repo` lies here, downloaded first if need be. Raises InputError."""
     from huggingface_hub import hf_hub_download
 
     def download() -> str:
@@ -249,7 +249,7 @@ def fetch(repo: Repo, file: str) -> Path:
 
 
 def other_form(name: str) -> str:
-    """Say how a data set whose files are not read can be read all the same."""
+    """Says how a data set whose files are not read can be read all the same."""
     from huggingface_hub import HfApi
 
     try:
@@ -262,7 +262,7 @@ def other_form(name: str) -> str:
 
 
 def download_model(name: str) -> Path:
-    """Return the local folder with a Hub model's weights, configuration and tokenizer.
+    """Returns the local folder with a Hub model's weights, configuration and tokenizer.
 
     Raises InputError.
     """

@@ -46,7 +46,7 @@ class NoColumn(InputError):
 
 @contextmanager
 def reading(where) -> Iterator[None]:
-    """Say in one sentence what is wrong with the file `where`, whatever library finds it."""
+    """Says in one sentence what is wrong with the file `where`, whatever library finds it."""
     try:
         yield
     except InputError as error:
@@ -62,7 +62,7 @@ def reading(where) -> Iterator[None]:
 
 
 def open_zstandard(path: Path, mode: str) -> io.BufferedIOBase:
-    """Open a .zst file, also one of `zstd --long`."""
+    """Opens a .zst file, also one of `zstd --long`."""
     try:
         from compression import zstd
     except ImportError:  # before Python 3.14
@@ -76,7 +76,7 @@ PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst
 
 @contextmanager
 def open_text(path: Path, newline: str | None = "") -> Iterator[io.TextIOWrapper]:
-    """Open a text file, unpacked where its name says it is packed; its mark tells UTF-16."""
+    """Opens a text file, unpacked where its name says it is packed; its mark tells UTF-16."""
     raw = PACKED.get(path.suffix.lower(), open)(path, "rb")
     with raw, io.BufferedReader(raw) as file:
         start = file.peek(4)[:4]
@@ -87,7 +87,7 @@ def open_text(path: Path, newline: str | None = "") -> Iterator[io.TextIOWrapper
 
 
 def text_stories(path: Path, column: str) -> Iterator[str]:
-    """The stories of a .txt file, which `<|endoftext|>` separates wherever it stands."""
+    """Yields the stories of a .txt file, which `<|endoftext|>` separates wherever it stands."""
     rest = ""
     with open_text(path, newline=None) as file:
         while chunk := file.read(max(CHUNK, len(rest))):  # grows with the story: linear in all
@@ -101,7 +101,8 @@ def text_stories(path: Path, column: str) -> Iterator[str]:
 
 
 def divide(story: str) -> Iterator[str]:
-    """What lies between two `<|endoftext|>`: one story, unless `<|startoftext|>` begins more."""
+    """Yields what lies between two `<|endoftext|>`: one story, or each that `<|startoftext|>`
+    begins."""
     before, *others = story.split(START_OF_TEXT)
     if before.strip() or not others:
         yield before.strip("\n")
@@ -113,7 +114,8 @@ def divide(story: str) -> Iterator[str]:
 
 
 def text_in(row, column: str, where: str) -> str | None:
-    """The text of `column` in a JSON object; `a.b` is the field b of a where there is no `a.b`."""
+    """Returns the text of `column` in a JSON object; `a.b` is the field b of a where there is no
+    `a.b`."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type_name(row)}, not an object with {column!r}")
     value = row
@@ -129,13 +131,13 @@ def text_in(row, column: str, where: str) -> str | None:
 
 
 def type_name(value) -> str:
-    """What a value of JSON is called there."""
+    """Returns what a value of JSON is called there."""
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     return names.get(type(value), "text" if isinstance(value, str) else "a number")
 
 
 def jsonl_stories(path: Path, column: str) -> Iterator[str | None]:
-    """The stories of a file with a JSON object a line."""
+    """Yields the stories of a file with a JSON object a line."""
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             line = line.strip("\ufeff \t\r\n")
@@ -154,7 +156,7 @@ class JSONStream:
         self.file, self.text, self.at = file, "", 0
 
     def peek(self) -> str:
-        """The next character that is not white space, empty at the end."""
+        """Returns the next character that is not white space, empty at the end."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n\ufeff":
@@ -195,7 +197,7 @@ class JSONStream:
             self.text, self.at = self.text[self.at :] + more, 0
 
     def items(self) -> Iterator:
-        """The values of a list, one at a time."""
+        """Yields the values of a list, one at a time."""
         self.expect("[")
         if self.take("]"):
             return
@@ -205,8 +207,8 @@ class JSONStream:
             yield self.value()
 
     def fields(self) -> Iterator[tuple[str, Iterator]]:
-        """The keys of an object, each with the items of its list; other values are passed over, as
-        is what the caller leaves of a list."""
+        """Yields the keys of an object, each with the items of its list; other values are passed
+        over, as is what the caller leaves of a list."""
         self.expect("{")
         if self.take("}"):
             return
@@ -222,7 +224,7 @@ class JSONStream:
 
 
 def key_of_rows(stream: JSONStream, column: str) -> str | None:
-    """The key of the list that holds the rows of a .json file; None where they are its own values.
+    """Finds the key of the list that holds a .json file's rows; None where they are its own values.
 
     The first value decides: an object without the column stands for its one list whose objects
     have it.
@@ -245,7 +247,8 @@ def key_of_rows(stream: JSONStream, column: str) -> str | None:
 
 
 def json_rows(stream: JSONStream, key: str | None) -> Iterator:
-    """The items of the lists under `key`; without one, the file's objects and its lists' items."""
+    """Yields the items of the lists under `key`; without one, the file's objects and the items of
+    its lists."""
     while character := stream.peek():
         if key is not None:
             keys = []
@@ -262,8 +265,8 @@ def json_rows(stream: JSONStream, key: str | None) -> Iterator:
 
 
 def json_stories(path: Path, column: str) -> Iterator[str | None]:
-    """The stories of a .json file, which is read up to two times: where its rows are is known only
-    at the end of its first value."""
+    """Yields the stories of a .json file, which is read up to two times: where its rows are is
+    known only at the end of its first value."""
     with open_text(path) as file:
         key = key_of_rows(JSONStream(file), column)
     with open_text(path) as file:
@@ -275,7 +278,7 @@ def json_stories(path: Path, column: str) -> Iterator[str | None]:
 
 
 def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of each row; a field in quotes may go on over lines."""
+    """Yields (line, fields) of each row; a field in quotes may go on over lines."""
     rows = csv.reader(lines, strict=True)
     try:
         for row in rows:
@@ -285,7 +288,7 @@ def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of each line: all between its tabs, without quotes around all of it."""
+    """Yields (line, fields) of each line: all between its tabs, without quotes around all of it."""
     for number, line in enumerate(lines, 1):
         fields = line.rstrip("\r\n").split("\t")
         for place, field in enumerate(fields):
@@ -296,13 +299,14 @@ def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def table_stories(path: Path, column: str) -> Iterator[str]:
-    """The stories of a .csv or .tsv file: never a null, whatever word they hold."""
+    """Yields the stories of a .csv or .tsv file: never a null, whatever word they hold."""
     csv.field_size_limit(2**31 - 1)
     separator, rows_of = ("\t", tsv_rows) if kind_of(path.name) == ".tsv" else (",", csv_rows)
     with open_text(path) as file:
         first = file.readline()
-        other = max(",;\t|", key=first.count)
-        if separator not in first and other in first and first.strip('" \r\n') != column:
+        names = {s: [field.strip('" \r\n') for field in first.split(s)] for s in ",;\t|"}
+        other = max(names, key=lambda s: (column in names[s], s == separator, len(names[s])))
+        if other != separator:
             raise InputError(
                 f"it has {other!r} between its fields: save it with {separator!r} there"
             )
@@ -325,7 +329,7 @@ def table_stories(path: Path, column: str) -> Iterator[str]:
 def arrow_stories(
     tables: Iterable, column: str, columns: list[str] | None = None
 ) -> Iterator[str | None]:
-    """The texts of Arrow tables or record batches, with all their `columns` or some of them.
+    """Yields the texts of Arrow tables or record batches, with all their `columns` or some of them.
 
     Raises InputError for a column of no text.
     """
@@ -362,7 +366,7 @@ def arrow_stories(
 
 
 def parquet_stories(path: Path, column: str) -> Iterator[str | None]:
-    """The stories of a .parquet file."""
+    """Yields the stories of a .parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -378,7 +382,7 @@ def parquet_stories(path: Path, column: str) -> Iterator[str | None]:
 
 
 def count_rows(paths: Iterable[Path]) -> int | None:
-    """The rows of all files, where they are tables that know it."""
+    """Counts the rows of all files, where they are tables that know it."""
     if any(path.suffix.lower() != ".parquet" for path in paths):
         return None
     from pyarrow import parquet
@@ -404,7 +408,7 @@ KINDS_READ = f"{', '.join(READERS)}; all but .parquet also packed as {', '.join(
 
 
 def kind_of(name: str) -> str:
-    """The kind of a data file by its name, a key of READERS; empty for all others."""
+    """Returns the kind of a data file by its name, a key of READERS; empty for all others."""
     name = name.lower()
     unpacked = name.removesuffix(next((end for end in PACKED if name.endswith(end)), ""))
     kind = PurePath(unpacked).suffix
@@ -412,7 +416,7 @@ def kind_of(name: str) -> str:
 
 
 def read_stories(path: Path, where: str, column: str) -> Iterator[str | None]:
-    """The text column of a file, which messages call `where`: text, or None for a null.
+    """Yields the text column of a file, which messages call `where`: text, or None for a null.
 
     Raises InputError for anything else.
     """

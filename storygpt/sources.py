@@ -84,7 +84,7 @@ def open_stories(
     revision: str | None = None,
     seed: int = 0,
 ) -> Stories:
-    """Open the stories of `dataset`: a Hub name, a folder, a file, or `builtin`.
+    """Opens the stories of `dataset`: a Hub name, a folder, a file, or `builtin`.
 
     Files on the Hub are downloaded as they are read. Raises InputError, also while the stories are
     read.
@@ -114,7 +114,7 @@ def open_stories(
 
 
 def open_file(path: Path, text_column: str) -> Stories:
-    """Open the stories of one file, whatever its name says of splits."""
+    """Opens the stories of one file, whatever its name says of splits."""
     if not kind_of(path.name):
         raise InputError(f"{path} is of no kind this script reads ({KINDS_READ}): check --dataset")
     if not path.is_file():  # what came through a pipe could not be read a second time
@@ -125,7 +125,7 @@ def open_file(path: Path, text_column: str) -> Stories:
 def open_repo(
     name: str, revision: str | None, subset: str | None, text_column: str, left_out: Found
 ) -> Stories:
-    """Open the stories of a data set on the Hub."""
+    """Opens the stories of a data set on the Hub."""
     repo = hub.open_repo(name, "dataset", revision)
     files = Files(name, sorted(repo.files, key=walk_order), partial(hub.fetch, repo), repo.commit)
     if revision == hub.PARQUET:  # where the Hub makes a folder of each subset
@@ -139,7 +139,7 @@ def open_repo(
 def open_files(
     files: Files, configs: dict[str, dict], subset: str | None, text_column: str, left_out: Found
 ) -> Stories:
-    """Open the stories of a folder or repo, of which a README.md declares `configs`."""
+    """Opens the stories of a folder or repo, of which a README.md declares `configs`."""
     script = PurePosixPath(files.place).name + ".py"
     if files.commit and script in files.names and not configs:
         remedy = hub.other_form(files.place)
@@ -170,23 +170,26 @@ def open_files(
 
 
 def read_files(files: Files, names: list[str], column: str, texts: int) -> Iterator[str | None]:
-    """Read the stories of files one after another, each when it is come to. `texts` .txt lie beside
-    them and are not read. Raises InputError."""
+    """Reads the stories of files one after another, each when it is come to. `texts` .txt lie
+    beside them and are not read. Raises InputError."""
     for name in names:
-        where = f"{files.place}/{name}"
+        where, path, came = f"{files.place}/{name}", files.get(name), False
         try:
-            yield from read_stories(files.get(name), where, column)
-        except NoColumn as error:
-            if not texts:
+            for story in read_stories(path, where, column):
+                came = True
+                yield story
+        except InputError as error:
+            if came or not texts:
                 raise
+            what = f"{where} has no column {column!r}" if isinstance(error, NoColumn) else error
             raise InputError(
-                f"{where} has no column {column!r}, and because of it {texts:,} .txt beside it are "
-                f"not read: move it out of {files.place} if they are the stories"
+                f"{what}; because of it {texts:,} .txt beside it are not read: move it out of "
+                f"{files.place} if they are the stories"
             ) from error
 
 
 def open_saved(files: Files, text_column: str) -> Stories:
-    """Open the stories of a folder that `datasets` saved (save_to_disk), as declared there."""
+    """Opens the stories of a folder that `datasets` saved (save_to_disk), as declared there."""
     import datasets
 
     paths = [files.get(name) for name in files.names]
@@ -220,7 +223,7 @@ def open_saved(files: Files, text_column: str) -> Stories:
 
 
 def split_of(name: str, folders: Iterable[str] = ()) -> str:
-    """Return `train`, `validation` or `test`, by the words of a name without its endings, then of
+    """Returns `train`, `validation` or `test`, by the words of a name without its endings, then of
     the folders it is in, the nearest first. Raises InputError where the name says two of them."""
     words = re.split(r"[\W_]+", SHARD.sub("", name.lower()))
     found = {SPLIT_WORDS[word] for word in (words[0], words[-1]) if word in SPLIT_WORDS}
@@ -233,7 +236,7 @@ def split_of(name: str, folders: Iterable[str] = ()) -> str:
 
 
 def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
-    """Return which of what was `found` as train, validation and test are train and validation, and
+    """Returns which of what was `found` as train, validation and test are train and validation, and
     what is left out. Raises InputError where there is nothing to train on."""
     splits, left_out = dict(found), []
     if "validation" in splits:
@@ -253,22 +256,22 @@ def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
 
 
 def walk(folder: Path, left_out: Found) -> list[str]:
-    """Return the names of all files below a folder, links followed, each file and folder once."""
+    """Returns the names of all files below a folder, links followed, each file and folder once."""
     names, seen = [], set()
 
     def stop(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
+    root_place = folder.resolve()
     for root, folders, others in os.walk(folder, followlinks=True, onerror=stop):
         for name in sorted([*folders, *others]):
             path = Path(root, name)
             shown = path.relative_to(folder).as_posix()
-            if not path.exists() and not name.startswith("."):
-                raise InputError(f"{path} is a link to nothing: remove it, or bring back its file")
-            place = path.resolve()
             if name.startswith("."):
                 left_out[HIDDEN].append(shown)
-            elif place in seen or folder.resolve().is_relative_to(place):
+            elif not path.exists():
+                raise InputError(f"{path} is a link to nothing: remove it, or bring back its file")
+            elif (place := path.resolve()) in seen or root_place.is_relative_to(place):
                 left_out[ANOTHER_NAME].append(shown)
             elif path.is_file() or path.is_dir():
                 seen.add(place)
@@ -283,13 +286,13 @@ def walk(folder: Path, left_out: Found) -> list[str]:
 
 
 def walk_order(name: str) -> list[tuple[bool, str]]:
-    """Sort key by which names come as `walk` finds them: a folder's files before its folders."""
+    """Sorts key by which names come as `walk` finds them: a folder's files before its folders."""
     *folders, file = name.split("/")
     return [*((True, folder) for folder in folders), (False, file)]
 
 
 def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
-    """Return the data files below a folder by split, as their names say it."""
+    """Returns the data files below a folder by split, as their names say it."""
     taken, found, everything = {}, defaultdict(list), {*names, *left_out[ANOTHER_NAME]}
     for name in names:
         path, kind = PurePosixPath(name), kind_of(name)
@@ -316,7 +319,7 @@ def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
 
 
 def read_configs(files: Files) -> dict[str, dict]:
-    """Return the subsets by name that the head of a README.md declares, where it does."""
+    """Returns the subsets by name that the head of a README.md declares, where it does."""
     if "README.md" not in files.names:
         return {}
     from huggingface_hub import metadata_load
@@ -334,7 +337,7 @@ def read_configs(files: Files) -> dict[str, dict]:
 
 
 def match_files(names: list[str], pattern: str) -> list[str]:
-    """Return the names that a pattern of a README.md stands for."""
+    """Returns the names that a pattern of a README.md stands for."""
     pattern = posixpath.normpath(pattern)
     if pattern in names:
         return [pattern]
@@ -347,7 +350,7 @@ def match_files(names: list[str], pattern: str) -> list[str]:
 
 
 def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]]:
-    """Yield (split, its files) as a subset of the README.md declares them."""
+    """Yields (split, its files) as a subset of the README.md declares them."""
     declared = config["data_files"]
     if isinstance(declared, dict):
         declared = [{"split": split, "path": path} for split, path in declared.items()]
@@ -364,7 +367,7 @@ def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]
 def find_declared(
     files: Files, configs: dict[str, dict], subset: str | None, left_out: Found
 ) -> Found:
-    """Return the files by split of a subset that is declared, the default one if none is named."""
+    """Returns the files by split of a subset that is declared, the default one if none is named."""
     default = [name for name, c in configs.items() if c.get("default") or name == "default"]
     name = subset or (default or [*configs])[0]
     if name not in configs or not (subset or default or len(configs) == 1):
@@ -394,7 +397,7 @@ def find_declared(
 
 
 def list_left_out(left_out: Found) -> str:
-    """Say in one line what was not read, and why."""
+    """Says in one line what was not read, and why."""
     parts = []
     for reason, names in left_out.items():
         more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""

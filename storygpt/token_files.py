@@ -4,7 +4,6 @@
 end-of-text id after every story. `meta.json` beside them says what they hold.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -47,7 +46,7 @@ class SplitWriter:
 
 
 def install(scratch: Path, data_dir: Path, meta: dict) -> None:
-    """Write `meta.json` and move it and the finished files of `scratch` into `data_dir`.
+    """Writes `meta.json` and move it and the finished files of `scratch` into `data_dir`.
 
     Raises InputError where that fails; the old files are there again then.
     """
@@ -59,7 +58,7 @@ def install(scratch: Path, data_dir: Path, meta: dict) -> None:
         for name in names:
             place = data_dir / name
             if place.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a folder is in the way")
+                raise IsADirectoryError(0, "a folder is in the way")
             if place.exists():
                 os.replace(place, scratch / f"old-{name}")
                 aside[place] = scratch / f"old-{name}"

@@ -115,6 +115,8 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
         ("a.csv", "text;n\nA;1\n", "has ';' between its fields: save it with ',' there"),
         ("a.csv", '\ufeff"n";"text"\n1;"A"\n', "has ';' between its fields"),
         ("a.csv", "n|text\n1|A\n", "has '|' between its fields"),
+        ("a.csv", "n;a, b;text\n1;2;A\n", "has ';' between its fields"),
+        ("a.csv", '"n";"a,b";"text"\n1;2;A\n', "has ';' between its fields"),
         ("a.tsv", "text,n\nA,1\n", r"has ',' between its fields: save it with '\t' there"),
         ("a.csv", "text,text\nA,B\n", "two columns 'text'"),
         ("a.txt", b"caf\xe9\n", "is not UTF-8"),

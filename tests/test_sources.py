@@ -293,6 +293,8 @@ def test_metadata_beside_many_texts_is_not_taken_for_the_stories(name, tmp_path)
     data = {"metadata.csv": "id,title\n1,Alice\n", "titles.json": '[{"title": "Alice"}]'}
     put(tmp_path, {name: data.get(name, '{"title": "Alice"}\n')})
     put(tmp_path, {f"train/{i}.txt": story for i, story in enumerate(LONG)})
+    refused(tmp_path, name, "has no column 'text'; because of it 12 .txt beside")
+    put(tmp_path, {name: '"Alice" by Carroll, 1865\n'})  # is nothing that its name says
     refused(tmp_path, name, "because of it 12 .txt beside it are not read: move it out of")
     (tmp_path / name).unlink()
     assert sorted(read(tmp_path)["train"]) == sorted(LONG)
