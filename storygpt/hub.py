@@ -81,7 +81,7 @@ def explain(error: Exception) -> str:
         return f"(HTTP {status}): {means}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "(HF_HUB_OFFLINE is set): unset it and run the same command again"
-    if isinstance(error, errors.HTTPError) and not has_address():
+    if not constants.ENDPOINT.startswith(("https://", "http://")):
         return f"(HF_ENDPOINT is {constants.ENDPOINT}): begin it with https://"
     if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError):
         return f"({name}): check the network and run the same command again"
@@ -98,15 +98,7 @@ def is_transient(error: Exception) -> bool:
 
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    offline = isinstance(error, errors.OfflineModeIsEnabled)
-    return offline or (isinstance(error, errors.HTTPError) and has_address())
-
-
-def has_address() -> bool:
-    """Says whether the Hub's address is one."""
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT.startswith(("https://", "http://"))
+    return isinstance(error, errors.HTTPError | errors.OfflineModeIsEnabled)
 
 
 def retry(call: Callable[[], object]):

@@ -298,14 +298,25 @@ def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         yield number, fields if line.strip("\r\n") else []
 
 
+def likely_separator(header: str, column: str, expected: str) -> str:
+    """Returns what seems to separate the fields of a header: `expected`, unless only another has
+    the column, or more than one field."""
+
+    def rank(separator: str) -> tuple:
+        fields = [field.strip('" \r\n') for field in header.split(separator)]
+        own = separator == expected
+        return column in fields, own and len(fields) > 1, len(fields), own
+
+    return max(",;\t|", key=rank)
+
+
 def table_stories(path: Path, column: str) -> Iterator[str]:
     """Yields the stories of a .csv or .tsv file: never a null, whatever word they hold."""
     csv.field_size_limit(2**31 - 1)
     separator, rows_of = ("\t", tsv_rows) if kind_of(path.name) == ".tsv" else (",", csv_rows)
     with open_text(path) as file:
         first = file.readline()
-        names = {s: [field.strip('" \r\n') for field in first.split(s)] for s in ",;\t|"}
-        other = max(names, key=lambda s: (column in names[s], s == separator, len(names[s])))
+        other = likely_separator(first, column, separator)
         if other != separator:
             raise InputError(
                 f"it has {other!r} between its fields: save it with {separator!r} there"
