@@ -233,22 +233,19 @@ def copy_stories(file: BinaryIO, encoded: Encoded, keep: np.ndarray, writer: Spl
     writer.count(keep.sum(), encoded.bytes[keep].sum())
 
 
-def encode_split(
-    stories: Iterator[str], pool: Executor, path: Path, arguments: Arguments, bar, seen: np.ndarray
-) -> Encoded:
-    """Encodes all `stories` into the file `path`; returns what is kept of each, without the ids.
+def write_ids(parts: Iterable[Encoded], path: Path, bar, seen: np.ndarray) -> Encoded:
+    """Writes the ids of all stories to the file `path`; returns what is kept of each beside them.
 
     Marks the ids that are used in `seen`, (vocab_size,) bool.
     """
-    parts = [NO_STORIES]
+    kept = [NO_STORIES]
     with path.open("wb") as file:
-        batches = batched(stories)
-        for part in encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc):
+        for part in parts:
             file.write(part.ids.data)
             seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
-            parts.append(part._replace(ids=parts[0].ids))  # a slice would keep all of them
+            kept.append(part._replace(ids=NO_STORIES.ids))  # a slice would keep all of them
             bar.update(len(part.tokens))
-    return Encoded._make(map(np.concatenate, zip(*parts, strict=True)))
+    return Encoded._make(map(np.concatenate, zip(*kept, strict=True)))
 
 
 def find_openings(
@@ -383,7 +380,13 @@ def prepare(arguments: Arguments) -> dict:
             for split, rows in source.splits.items():
                 stories = islice(kept_stories(rows, skipped), arguments.max_stories)
                 path = scratch / f"{split}.ids"
-                read[split] = encode_split(stories, pool, path, arguments, bar, seen)
+                parts = encode_in_parallel(
+                    batched(stories),
+                    pool,
+                    vocab_size=arguments.vocab_size,
+                    num_proc=arguments.num_proc,
+                )
+                read[split] = write_ids(parts, path, bar=bar, seen=seen)
         meta = {
             "dataset": arguments.dataset,
             "subset": arguments.subset,
@@ -392,14 +395,16 @@ def prepare(arguments: Arguments) -> dict:
         }
         install(scratch, data_dir, meta)
     if "validation" in read and meta["splits"]["validation"]["stories"] == 1:
-        source.notes.append("validation is a single story: its loss will say little")
+        note = "validation is a single story: its loss will say little"
+        source = source._replace(notes=[*source.notes, note])
     seconds = time.perf_counter() - start
-    summarize(meta, source, skipped["empty"], int(seen.sum()), seconds, arguments)
+    empty, distinct = skipped["empty"], int(seen.sum())
+    summarize(meta, source, arguments=arguments, empty=empty, distinct=distinct, seconds=seconds)
     return meta
 
 
 def summarize(
-    meta: dict, source: Stories, empty: int, distinct: int, seconds: float, arguments: Arguments
+    meta: dict, source: Stories, arguments: Arguments, empty: int, distinct: int, seconds: float
 ) -> None:
     """Prints what was read, what was not, and what the files hold."""
     counts = meta["splits"]

@@ -69,11 +69,13 @@ class Stories(NamedTuple):
 
 class Files(NamedTuple):
     """The files below `place`, a folder or a repo on the Hub at one commit, by their names, which
-    have "/" between folders; `get` returns where one lies here."""
+    have "/" between folders; `get` returns where one lies here. What is not read goes to
+    `left_out`."""
 
     place: str
     names: list[str]
     get: Callable[[str], Path]
+    left_out: Found
     commit: str | None = None
 
 
@@ -89,7 +91,7 @@ def open_stories(
     Files on the Hub are downloaded as they are read. Raises InputError, also while the stories are
     read.
     """
-    path, left_out = Path(dataset), defaultdict(list)
+    path = Path(dataset)
     if not dataset:
         raise InputError("--dataset is empty: pass a path, owner/name, or --dataset builtin")
     if dataset in BUILTIN and path.exists():
@@ -104,13 +106,14 @@ def open_stories(
         stories = sample_stories(NUM_BUILTIN_STORIES, seed=seed)
         return Stories({"train": stories}, NUM_BUILTIN_STORIES)
     if path.is_dir():
-        files = Files(str(path), walk(path, left_out), path.joinpath)
-        return open_files(files, read_configs(files), subset, text_column, left_out)
+        left_out = defaultdict(list)
+        files = Files(str(path), walk(path, left_out), path.joinpath, left_out)
+        return open_files(files, read_configs(files), subset=subset, text_column=text_column)
     if path.exists():
         return open_file(path, text_column)
     if kind_of(path.name):
         raise InputError(f"there is no file or folder {dataset}: check --dataset")
-    return open_repo(dataset, revision, subset, text_column, left_out)
+    return open_repo(dataset, revision=revision, subset=subset, text_column=text_column)
 
 
 def open_file(path: Path, text_column: str) -> Stories:
@@ -122,24 +125,29 @@ def open_file(path: Path, text_column: str) -> Stories:
     return Stories({"train": read_stories(path, str(path), text_column)}, count_rows([path]))
 
 
-def open_repo(
-    name: str, revision: str | None, subset: str | None, text_column: str, left_out: Found
-) -> Stories:
+def open_repo(name: str, revision: str | None, subset: str | None, text_column: str) -> Stories:
     """Opens the stories of a data set on the Hub."""
     repo = hub.open_repo(name, "dataset", revision)
-    files = Files(name, sorted(repo.files, key=walk_order), partial(hub.fetch, repo), repo.commit)
+    files = Files(
+        name,
+        names=sorted(repo.files, key=walk_order),
+        get=partial(hub.fetch, repo),
+        left_out=defaultdict(list),
+        commit=repo.commit,
+    )
     if revision == hub.PARQUET:  # where the Hub makes a folder of each subset
         folders = sorted({file.split("/")[0] for file in repo.files if "/" in file})
         configs = {folder: {"data_dir": folder} for folder in folders}
     else:
         configs = read_configs(files)
-    return open_files(files, configs, subset, text_column, left_out)
+    return open_files(files, configs, subset=subset, text_column=text_column)
 
 
 def open_files(
-    files: Files, configs: dict[str, dict], subset: str | None, text_column: str, left_out: Found
+    files: Files, configs: dict[str, dict], subset: str | None, text_column: str
 ) -> Stories:
     """Opens the stories of a folder or repo, of which a README.md declares `configs`."""
+    left_out = files.left_out
     script = PurePosixPath(files.place).name + ".py"
     if files.commit and script in files.names and not configs:
         remedy = hub.other_form(files.place)
@@ -147,7 +155,7 @@ def open_files(
     if "dataset_dict.json" in files.names or {"dataset_info.json", "state.json"} <= {*files.names}:
         return open_saved(files, text_column)
     if configs or subset:
-        found = find_declared(files, configs, subset, left_out)
+        found = find_declared(files, configs, subset)
     else:
         found = find_files(files.names, left_out)
     if not found:
@@ -364,9 +372,7 @@ def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]
             yield split_of(part["split"]), names
 
 
-def find_declared(
-    files: Files, configs: dict[str, dict], subset: str | None, left_out: Found
-) -> Found:
+def find_declared(files: Files, configs: dict[str, dict], subset: str | None) -> Found:
     """Returns the files by split of a subset that is declared, the default one if none is named."""
     default = [name for name, c in configs.items() if c.get("default") or name == "default"]
     name = subset or (default or [*configs])[0]
@@ -378,7 +384,8 @@ def find_declared(
     config, found, readme = configs[name], defaultdict(list), f"{files.place}/README.md"
     try:
         if "data_files" not in config:
-            return find_files(files.names, left_out, below=posixpath.normpath(config["data_dir"]))
+            below = posixpath.normpath(config["data_dir"])
+            return find_files(files.names, files.left_out, below)
         for split, names in declared_files(files, config):
             found[split] += names
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -392,7 +399,7 @@ def find_declared(
     for name in files.names:
         if name not in every and name != "README.md":
             hidden = any(part.startswith(".") for part in name.split("/"))
-            left_out[HIDDEN if hidden else "not declared in README.md"].append(name)
+            files.left_out[HIDDEN if hidden else "not declared in README.md"].append(name)
     return found
 
 

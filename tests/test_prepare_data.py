@@ -294,6 +294,16 @@ def test_duplicates_agree_with_sets_of_the_stories_themselves():
         assert in_train == sum(story in set(train) for story in validation)
 
 
+def test_a_validation_split_of_one_story_is_noted(prepared, tmp_path):
+    put(tmp_path / "in", {"train.jsonl": jsonl(["A.", "B."]), "val.jsonl": jsonl(["C."])})
+    note = "note: validation is a single story"
+    assert note in prepared(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "in", {"val.jsonl": jsonl(["C.", "D."])})
+    assert note not in prepared(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "val.jsonl").unlink()  # one is held out, which nobody meant
+    assert note not in prepared(tmp_path / "in", tmp_path / "out")
+
+
 def test_what_was_not_read_is_said_in_one_line(prepared, tmp_path):
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"text": "A."}\n')
