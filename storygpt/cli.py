@@ -68,9 +68,15 @@ def warn(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """Leaves out the middle of a text of more than `most` characters."""
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
 def one_line(error: Exception) -> str:
-    """Returns what an exception says, without line breaks; its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Returns what an exception says, on one line and shortened; its kind where it says nothing."""
+    return shorten(" ".join(str(error).split())) or type(error).__name__
 
 
 def command_line(script: str, launcher: str = "python", **flags) -> str:
@@ -210,4 +216,4 @@ def fail(message: str) -> None:
             drop_output()
     local_rank = os.environ.get("LOCAL_RANK", "0")
     muted = "RANK" in os.environ and local_rank.isdigit() and int(local_rank) > 0
-    sys.exit(1 if muted else f"error: {message}")
+    sys.exit(1 if muted else f"error: {shorten(message, 490)}")  # whatever is quoted there
