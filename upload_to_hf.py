@@ -250,7 +250,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
         tokenizer=f"tokenizer = {tokenizer}",
         stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
-        windows=f"{recipe['eval_iters'] * recipe['batch_size']:,}",
+        windows=f"{recipe['eval_windows']:,}",
         context_length=config.context_length,
         about_bits="Bits per byte compare models of different vocabularies." if train else "",
         plot=f"![Loss over training]({PLOT})" if (beside / PLOT).is_file() else "",

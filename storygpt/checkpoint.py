@@ -18,7 +18,7 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.files import write_atomically
 from storygpt.formats import read_folder, reading, rebuild
-from storygpt.hub import explain, is_hub_id
+from storygpt.hub import download_model, is_hub_id
 from storygpt.kernels import pack_linears
 from storygpt.record import read_begun, weights_sha256
 
@@ -30,14 +30,7 @@ KEYS = {
     "val_loss": float,
 }
 
-# Of a model on the Hub: what read_folder reads, and what transformers needs beside it offline.
-FILES = [
-    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
-]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -121,25 +114,6 @@ def on_the_hub(path: Path) -> HubModel | None:
     return HubModel(name=found[1], revision=found[2])
 
 
-def download(there: HubModel) -> Path:
-    """The local folder with a Hub model's weights, configuration and tokenizer.
-
-    Takes it from the local cache where the Hub cannot be reached. Raises InputError.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        options = {"repo_id": there.name, "revision": there.revision}
-        folder = Path(snapshot_download(**options, allow_patterns=FILES))
-        if not list(folder.glob("model*.safetensors")):  # most repos hold all weights twice
-            snapshot_download(**options, allow_patterns=OLDER_FILES)
-    except Exception as error:  # the Hub's client's own, and those of the layers below it
-        raise InputError(
-            f"there is no checkpoint {there} here, and it cannot be downloaded {explain(error)}"
-        ) from error
-    return folder
-
-
 class SkipInit(TorchFunctionMode):
     """Draws no weights: on the meta device that would import torch's compiler, for seconds."""
 
@@ -165,7 +139,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dic
     """The model of a .pt file, of a published model's folder or the weights in it, or on the Hub,
     and the checkpoint itself.
 
-    Raises InputError as `load_checkpoint`, `read_folder`, `download` and `build_model` do.
+    Raises InputError as `load_checkpoint`, `read_folder`, `download_model` and `build_model` do.
     """
     path = Path(path)
     if path.is_dir():
@@ -173,7 +147,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dic
     elif path.name in WEIGHTS and path.is_file():
         checkpoint = read_folder(path.parent)
     elif there := on_the_hub(path):
-        checkpoint = read_folder(download(there))
+        checkpoint = read_folder(download_model(there.name, there.revision))
     else:
         checkpoint = load_checkpoint(path)
     return build_model(checkpoint, path, device), checkpoint
