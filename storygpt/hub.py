@@ -75,7 +75,7 @@ def explain(error: Exception) -> str:
         if isinstance(error, errors.GatedRepoError):
             means = "ask for access on its page on the Hub, and log in with `hf auth login`"
         elif isinstance(error, errors.RevisionNotFoundError):
-            means = "there is no such revision: check --revision"
+            means = "there is no such revision: check its name"
         elif isinstance(error, errors.DisabledRepoError):
             means = said
         elif status >= 500:

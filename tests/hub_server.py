@@ -41,6 +41,7 @@ class Repo:
             number -= 1
         title = self.titles.get(number, "by hand")
         return {"id": self.sha(number), "title": title, "date": "2026-01-01T00:00:00.000Z"}
+
     branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: bool = False
 

@@ -161,7 +161,7 @@ def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(tells, ru
     flags = ("--max_new_tokens", 20, "--seed", 5, "--interactive")
     told = tells(*flags, typed="\nOne day\n\n\nTom 👦\n".encode())
     model, _ = load_model(run_dir / "StoryGPT_best.pt")
-    asked = [("Once upon a time", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
+    asked = [("This is the story", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
     settings = GenerationSettings(max_new_tokens=20)
     stories = [generate_stories(model, p, [seed], settings)[0].text for p, seed in asked]
     assert told == "".join(f"{story}\n" for story in stories)  # no "> ": nobody sits there
@@ -234,7 +234,7 @@ def test_a_model_is_known_by_its_weights_file_its_address_and_its_revision(
             (f"https://huggingface.co/you/x/blob/{old}/model.safetensors", 0),
         ):
             assert begins(name, **environment) == stories[told], name
-        says = "there is no checkpoint you/x@none here, and it cannot be downloaded"
+        says = "you/x cannot be downloaded (HTTP 404): there is no such revision"
         fails("generate.py", "--checkpoint", "you/x@none", says=says, **environment)
     page = "https://example.com/you/x"
     fails("generate.py", "--checkpoint", page, says="there is no checkpoint https:/example.com")

@@ -294,7 +294,7 @@ def test_what_the_hub_refuses_is_said_in_its_kind(reads, hub, tmp_path):
         ("(HTTP 401): the Hub does not know this token", {"HF_TOKEN": "hf_expired"}),
         ("the Hub token has characters that no token has", {"HF_TOKEN": "hf_abc…"}),
         ("(HTTP 404): there is no such repo", {"dataset": "you/none"}),
-        ("(HTTP 404): there is no such revision: check --revision", {"revision": "gone"}),
+        ("(HTTP 404): there is no such revision: check its name", {"revision": "gone"}),
         ("(HTTP 404): there is no such revision", {"revision": "0" * 40}),
         ("neither a file nor a folder here, nor a name on the Hub", {"dataset": "~/no/such"}),
         ("(HF_ENDPOINT is localhost): begin it with https://", {"HF_ENDPOINT": "localhost"}),
