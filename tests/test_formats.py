@@ -300,6 +300,7 @@ def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, fails, tmp_path, d
 
         def greedy(checkpoint) -> str:
             flags = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 20)
+            flags += ("--prompt", "Once upon a time")
             result = script("generate.py", *flags, "--device", "cpu", **environment)
             assert result.code == 0, result.output
             return told(result.output)
