@@ -353,3 +353,4 @@ def test_a_cache_that_cannot_be_written_is_named(reads, hub, tmp_path):
     assert "set HF_HOME to a folder elsewhere" in error and str(tmp_path / "a file") in error
     hub.add(f"datasets/{NAME}", {k: v for k, v in FILES.items() if k != "README.md"})
     assert "set HF_HOME to a folder elsewhere" in reads(cache="a file/hf")["error"]
+    assert reads().output == ""
