@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import logging
 import re
 import sys
 import time
@@ -166,6 +167,8 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
         def __init__(self, *arguments, **keywords):
             super().__init__(*arguments, **keywords | {"disable": True})
 
+    # a README.md that is not there is no reason for a word
+    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
     said = None
     if not offline and not COMMIT.fullmatch(revision or ""):
         said = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha
