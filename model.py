@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it tells a story.
+"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it generates.
 
 Published beside the checkpoint, so it imports torch and `config` only. Layers have the names of
 GPT-2's own checkpoints. B is the batch, T the tokens of a row, N = B · T, V = vocab_size,
@@ -216,7 +216,7 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, self.loss_function(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    # --- Telling a story ---
+    # --- Generation ---
 
     def new_cache(self) -> list[KVCache]:
         """An empty cache for one batch: one KVCache per block."""

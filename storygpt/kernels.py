@@ -119,7 +119,7 @@ class _PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Has oneDNN pack the weights of all linear layers of a model that will only tell stories.
+    """Has oneDNN pack the weights of all linear layers of a model that will only generate.
 
     For a few rows a CPU spends longer on arranging a weight than on multiplying by it; packed, it
     is arranged once and not at every token. One way: the model cannot be trained or saved after
