@@ -47,6 +47,7 @@ from storygpt.token_files import bits_per_byte, load_meta, load_tokens
 
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 POINTS = 10  # of a curve: checkpoints of a run, evenly spread
+SHAPE = ("n_layer", "n_head", "n_embd", "dropout")  # what all call the same
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,10 @@ def train(
     name = f"{contender.name}, rate {learning_rate:.2g}, seed {seed}, {steps} steps, {points} kept"
     folder = arguments.output_dir.resolve() / name
     flags = {
-        **{name: getattr(arguments.gpt, name) for name in ("n_layer", "n_head", "n_embd")},
-        "dropout": float(arguments.gpt.dropout),
+        **{name: getattr(arguments.gpt, name) for name in SHAPE},
         "batch_size": arguments.batch_size,
         "gradient_accumulation_steps": 1,
-        "learning_rate": float(learning_rate),
+        "learning_rate": learning_rate,
         "min_lr": learning_rate / 10,
         "eval_iters": 1,
         "device": arguments.device,
@@ -251,7 +251,7 @@ def train(
 
 def table(runs: list[Run], counts: dict) -> str:
     """Returns a Markdown row for each run; `counts` are meta.json's of the validation split."""
-    titles = ("", "learning rate", "seed", "steps", "seconds", "loss", "bits a byte", "s a step")
+    titles = ("run", "learning rate", "seed", "steps", "seconds", "loss", "bits a byte", "s a step")
     rows = [titles, ["---"] * len(titles)]
     for run in runs:
         loss = run.last_loss
