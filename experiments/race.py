@@ -47,6 +47,7 @@ from storygpt.token_files import bits_per_byte, load_meta, load_tokens
 
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 POINTS = 10  # of a curve: checkpoints of a run, evenly spread
+FEW_STEPS = 40  # tell the speed
 SHAPE = ("n_layer", "n_head", "n_embd", "dropout")  # what all call the same
 
 
@@ -192,7 +193,7 @@ def warm_up(steps: int) -> int:
     return min(50, steps // 4)
 
 
-@cache  # a quarter of few seconds has as many steps as were made to measure the speed
+@cache  # the run of FEW_STEPS is the quarter of few seconds
 def train(
     arguments: Arguments,
     contender: Contender,
@@ -280,8 +281,8 @@ def race(arguments: Arguments, contenders: list[Contender]) -> list[Run]:
     quarters = []
     for contender in contenders:
         run = partial(train, arguments, contender, seed=contender.seeds[0], points=2)
-        few = run(contender.learning_rates[0], steps=40)
-        steps = few.steps_in(arguments.seconds / 4)
+        few = run(contender.learning_rates[0], steps=FEW_STEPS)
+        steps = max(FEW_STEPS, few.steps_in(arguments.seconds / 4))
         tried = [run(learning_rate, steps=steps) for learning_rate in contender.learning_rates]
         quarters.append(min(tried, key=lambda run: run.last_loss))
 
