@@ -133,7 +133,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
 
 
 def show(text: str) -> None:
-    """To stdout at once."""
+    """Prints a piece of a story at once; on a terminal nothing that would give it orders."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
