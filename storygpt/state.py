@@ -52,8 +52,7 @@ class TrainState:
         return {
             "best_val_loss": self.best_val_loss,
             "skipped_steps": self.skipped_steps,
-            "dtype": facts.dtype,
-            "run_id": facts.run_id,
+            **vars(facts),
             **self.optimizer.state_dict(),
         }
 
