@@ -28,7 +28,7 @@ from model import GPT
 from storygpt import device as machine
 from storygpt.checkpoint import BEST, FINAL, LATEST, fit_start, load_start, load_weights
 from storygpt.distributed import MORE_TO_DO, Processes
-from storygpt.kernels import speed_up_training
+from storygpt.kernels import compile_model, speed_up_training
 from storygpt.losses import estimate_loss
 from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
@@ -169,7 +169,7 @@ def train(setting: Setting, state: TrainState) -> int:
     """Trains to the last step, or until asked to stop; returns the exit status."""
     arguments, processes = setting.arguments, setting.processes
     config = arguments.training
-    compiled = machine.compile_model(state.model, config.compile, setting.device)
+    compiled = compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
     folder, log = open_folder(setting, state) if processes.is_main else (None, None)

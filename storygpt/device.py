@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from config import GPTConfig, InputError
 
@@ -136,23 +135,3 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def compile_model(model: nn.Module, wanted: bool | None, device: torch.device) -> nn.Module:
-    """torch.compile(model) if `wanted`; None means on CUDA, where it works.
-
-    Raises InputError where it is wanted and does not work: it needs a C++ compiler, and on GPUs
-    Triton.
-    """
-    if wanted is False or (wanted is None and device.type != "cuda"):
-        return model
-    try:  # a small function first: a model's first step is late for such news
-        x = torch.ones(64, device=device, requires_grad=True)
-        torch.compile(lambda x: (x.sin() * 2).sum())(x).backward()
-    except Exception as error:  # each layer of the compiler has its own
-        reason = f"torch.compile does not work here ({type(error).__name__})"
-        if wanted:
-            raise InputError(f"{reason}: pass --compile False") from error
-        print(f"{reason}: training goes on without it, more slowly")
-        return model
-    return torch.compile(model)
