@@ -130,6 +130,7 @@ def set_up(
     processes.share(config.gradient_accumulation_steps)  # complains before anything is started
     device = processes.meet(machine.pick_device(config.device))
     dtype = machine.pick_dtype(config.dtype, device)
+    torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
     machine.check_fits(gpt, config.batch_size, device)
 
     start_weights = fit_start(start, gpt) if start else None

@@ -31,9 +31,7 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or for `auto` the first of cuda, mps and cpu.
-
-    Made torch's current one, with products of float32 in TF32 where it has that.
+    """The named device, or for `auto` the first of cuda, mps and cpu; made torch's current one.
 
     Raises InputError where it is not to be had here.
     """
@@ -51,7 +49,6 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":  # kernels and memory that name no device go to the current one
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
-    torch.set_float32_matmul_precision("high")
     return device
 
 

@@ -20,7 +20,7 @@ def softmax_(logits: Tensor, targets: Tensor) -> Tensor:
     read the logits twice, write them once, and need no memory of their size.
     """
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
-    losses = -log_p.gather(1, targets[:, None])
+    losses = -log_p.gather(1, targets.unsqueeze(1))
     logits.copy_(log_p.exp_())
     return losses
 
@@ -37,7 +37,7 @@ def softmax_in_parts_(logits: Tensor, targets: Tensor) -> Tensor:
         if len(part) < rows:  # the last one
             scores, log_p = scores[: len(part)], log_p[: len(part)]
         torch.log_softmax(scores.copy_(part), -1, out=log_p)
-        losses.append(-log_p.gather(1, part_targets[:, None]))
+        losses.append(-log_p.gather(1, part_targets.unsqueeze(1)))
         part.copy_(log_p.exp_())
     return torch.cat(losses)
 
@@ -87,7 +87,7 @@ def chunk_by_chunk(
         if with_gradients:
             # The gradient of the logits is softmax minus one-hot: p - 1 is exp(-loss) - 1.
             minus_one = torch.expm1(-losses[-1]).to(x.dtype)
-            error = logits.scatter_(1, chunk_targets[:, None], minus_one)
+            error = logits.scatter_(1, chunk_targets.unsqueeze(1), minus_one)
             x_grads.append(error @ weight)
             add_product_(weight_grad, error.T, chunk)
     loss = torch.cat(losses).sum()

@@ -32,18 +32,29 @@ def estimate_loss(
     """
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     starts = validation_starts(tokens, context_length, num_batches * batch_size)
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
+    losses, sizes = [torch.zeros((), device=device)], [0]  # there may be none for this process
     was_training = model.training
     model.eval()
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = windows(tokens, starts[first : first + batch_size], context_length)
         with autocast(device, dtype):
             _, loss = model(to_device(x, device), to_device(y, device))
-        total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+        losses.append(loss)
+        sizes.append(len(x))
     model.train(was_training)
+    nats, count = weighted_sum(losses, sizes), sum(sizes)
     if processes and processes.launched:  # Apple's GPUs have no float64
-        total = processes.sum(total.to(device))
-    return (total[0] / total[1]).item()
+        total = torch.tensor([nats, count], dtype=torch.float64, device=device)
+        nats, count = processes.sum(total).tolist()
+    return nats / count
+
+
+def weighted_sum(losses: list[Tensor], weights: list[int]) -> float:
+    """Sum () losses times their weights, in float64.
+
+    They are fetched all at once, so that the device never waits for the host in between.
+    """
+    return float(np.dot(torch.stack(losses).tolist(), weights))
 
 
 def all_windows(
@@ -67,14 +78,15 @@ def all_windows(
 @torch.no_grad()
 def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int) -> float:
     """Mean loss in nats over all `tokens` (uint16), each scored once; summed in float64."""
-    device, total = model.wte.weight.device, 0.0
+    device, losses, sizes = model.wte.weight.device, [], []
     batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
     with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:
         for x, y in batches:
             _, loss = model(to_device(x, device), to_device(y, device))
-            total += loss.item() * y.size
+            losses.append(loss)
+            sizes.append(y.size)
             bar.update(y.size)
-    return total / len(tokens)
+    return weighted_sum(losses, sizes) / len(tokens)
 
 
 # --- Each story alone ---

@@ -25,7 +25,6 @@ from storygpt import cli
 from storygpt.checkpoint import FINAL, LATEST, load_checkpoint, load_model
 from storygpt.device import (
     check_fits,
-    compile_model,
     describe,
     peak_flops,
     peak_memory,
@@ -33,6 +32,7 @@ from storygpt.device import (
     pick_dtype,
 )
 from storygpt.distributed import Processes
+from storygpt.kernels import compile_model
 from storygpt.losses import estimate_loss
 from storygpt.metrics import draw_loss_plot
 from storygpt.token_files import (
