@@ -249,7 +249,7 @@ def test_a_compiled_run_saves_the_plain_names(set_up, monkeypatch, tmp_path):
         compiled.append(graph)
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda model: compile_with(model, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_with(model, backend=backend))
     setting, state = set_up("--compile", "True", "--max_steps", "2", "--warmup_steps", "0")
     assert train.train(setting, state) == 0
     assert compiled
@@ -439,7 +439,7 @@ def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
 
 
 def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypatch, capsys):
-    def broken(model):
+    def broken(model, **options):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
