@@ -4,8 +4,17 @@ Standard library only: this file is published beside `model.py`, so that a check
 loaded with nothing else of this repo. Field docstrings are the command-line help.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args
+
+OptimizerName = Literal["adamw", "muon"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+PresetName = Literal["demo", "3m", "10m", "30m", "storygpt", "gpt2"]
+
+
+def may_change(default):
+    """Declares a field in which a resumed run may differ: it says when and where, not what."""
+    return field(default=default, metadata={"may_change": True})
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,14 @@ class TrainingConfig:
     """Micro-batches in one step, over all processes; each has one in memory at a time."""
     max_steps: int = 50_000
     """Steps in the whole run."""
-    warmup_steps: int = 1_000
-    """Steps in which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises linearly to its peak; None takes 1,000, or a tenth of
+    max_steps where that is less."""
     learning_rate: float | None = None
     """Peak learning rate; None takes 3e-4 for adamw and 2 / n_embd for muon."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine decay; None takes a tenth of the peak."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """adamw, or muon (Jordan et al., 2024) for the blocks' matrices and adamw for the rest."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices and embeddings (never of biases and norms)."""
@@ -67,15 +77,15 @@ class TrainingConfig:
     """Steps between evaluations (the last step is always evaluated)."""
     eval_iters: int = 100
     """Validation batches, of batch_size windows each, that an evaluation averages over."""
-    save_minutes: float = 10.0
+    save_minutes: float = may_change(10.0)
     """Minutes between saves of StoryGPT_latest.pt: the most that a power cut costs."""
-    keep_interval: int = 0
+    keep_interval: int = may_change(0)
     """Steps between weights kept for good, as StoryGPT_step_005000.pt; 0 keeps none."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of the matrix products; auto takes bfloat16 where the GPU or CPU has it."""
-    device: str = "auto"
+    device: str = may_change("auto")
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
-    compile: bool | None = None
+    compile: bool | None = may_change(None)
     """Use torch.compile; None means on CUDA only."""
     seed: int = 1337
     """Seed of the initial weights, the batches and dropout."""
@@ -84,52 +94,90 @@ class TrainingConfig:
         """Raises InputError where the numbers do not fit together."""
         check_training_config(self)
 
-    def with_learning_rates(self, n_embd: int) -> "TrainingConfig":
-        """The same recipe, its learning rates chosen where they are None.
+    def filled_in(self, n_embd: int) -> "TrainingConfig":
+        """Returns the same recipe with numbers for what is None, for a model of that width.
 
         Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
         """
-        chosen = 3e-4 if self.optimizer == "adamw" else 2 / n_embd
+        match self.optimizer:
+            case "adamw":
+                chosen = 3e-4
+            case "muon":
+                chosen = 2 / n_embd
+            case _:
+                raise InputError(f"there is no learning rate for {self.optimizer}: pass one")
         peak = chosen if self.learning_rate is None else self.learning_rate
         least = peak / 10 if self.min_lr is None else self.min_lr
-        return replace(self, learning_rate=peak, min_lr=least)
+        warmup = self.warmup_steps
+        warmup = min(1_000, self.max_steps // 10) if warmup is None else warmup
+        return replace(self, learning_rate=peak, min_lr=least, warmup_steps=warmup)
 
 
-# What each preset changes in the defaults of GPTConfig and of TrainingConfig.
-PRESETS = {
-    "storygpt": ({}, {}),
-    "demo": (
-        {
-            "vocab_size": 4096,
-            "context_length": 192,
-            "n_layer": 2,
-            "n_head": 8,
-            "n_embd": 128,
-            "dropout": 0.0,
-            "init_std": 0.09,
-        },
-        {
-            "batch_size": 8,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 1_500,
-            "warmup_steps": 50,
-            "learning_rate": 8e-3,
-            "min_lr": 2e-4,
-            "weight_decay": 0.01,
-            "story_windows": 0.75,
-            "eval_interval": 150,
-            "eval_iters": 10,
-            "dtype": "float32",
-        },
-    ),
-    "gpt2": ({"context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}, {}),
-}
+MAY_CHANGE = frozenset(f.name for f in fields(TrainingConfig) if f.metadata.get("may_change"))
 
 
-def preset(name: str) -> tuple[GPTConfig, TrainingConfig]:
-    """The shape and the recipe of a preset."""
-    gpt, training = PRESETS[name]
-    return GPTConfig(**gpt), TrainingConfig(**training)
+def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
+    """Returns the shape and the recipe of a preset, by size: docs/training.md says what to expect.
+
+    Raises InputError where there is none of that name.
+    """
+    match name:
+        case "demo":
+            gpt = GPTConfig(
+                vocab_size=4096,
+                context_length=192,
+                n_layer=2,
+                n_head=8,
+                n_embd=128,
+                dropout=0.0,
+                init_std=0.09,
+            )
+            training = TrainingConfig(
+                batch_size=8,
+                gradient_accumulation_steps=1,
+                max_steps=1_500,
+                warmup_steps=50,
+                learning_rate=8e-3,
+                min_lr=2e-4,
+                weight_decay=0.01,
+                story_windows=0.75,
+                eval_interval=150,
+                eval_iters=10,
+                dtype="float32",
+            )
+            return gpt, training
+        case "3m":
+            gpt = GPTConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=192, dropout=0.0)
+            return gpt, TrainingConfig(
+                batch_size=32,
+                gradient_accumulation_steps=1,
+                max_steps=37_000,
+                optimizer="muon",
+            )
+        case "10m":
+            gpt = GPTConfig(vocab_size=8192, n_layer=6, n_head=5, n_embd=320, dropout=0.0)
+            return gpt, TrainingConfig(
+                batch_size=64,
+                gradient_accumulation_steps=1,
+                max_steps=31_000,
+                optimizer="muon",
+            )
+        case "30m":
+            gpt = GPTConfig(n_layer=6, n_head=6, n_embd=384)
+            return gpt, TrainingConfig(
+                batch_size=64,
+                gradient_accumulation_steps=2,
+                max_steps=31_000,
+                optimizer="muon",
+            )
+        case "storygpt":
+            return GPTConfig(), TrainingConfig()
+        case "gpt2":
+            gpt = GPTConfig(context_length=1024, n_layer=12, n_head=12, n_embd=768)
+            return gpt, TrainingConfig()
+        case _:
+            known = ", ".join(get_args(PresetName))
+            raise InputError(f"there is no preset {name}: pass one of {known}")
 
 
 # --- Checks ---
@@ -182,11 +230,17 @@ def check_gpt_config(config: GPTConfig) -> None:
 
 def check_training_config(config: TrainingConfig) -> None:
     """Raises InputError with the first number that is off."""
-    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_interval"):
-        check_whole(name, getattr(config, name), 1)
-    check_whole("eval_iters", config.eval_iters, 1)
-    check_whole("warmup_steps", config.warmup_steps, 0)
-    check_whole("keep_interval", config.keep_interval, 0)
+    for name, least in (
+        ("batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("max_steps", 1),
+        ("eval_interval", 1),
+        ("eval_iters", 1),
+        ("keep_interval", 0),
+    ):
+        check_whole(name, getattr(config, name), least)
+    if config.warmup_steps is not None:
+        check_whole("warmup_steps", config.warmup_steps, 0)
     check_whole("seed", config.seed, 0, 2**63 - 1)
     for name in ("beta1", "beta2"):
         check_fraction(name, getattr(config, name))
@@ -198,12 +252,12 @@ def check_training_config(config: TrainingConfig) -> None:
             raise InputError(f"{name} must be a number of at least 0, not {value!r}")
     if not 0 <= config.story_windows <= 1:
         raise InputError("story_windows must be between 0 and 1")
-    check_choice("optimizer", config.optimizer, ("adamw", "muon"))
-    check_choice("dtype", config.dtype, ("auto", "float32", "bfloat16", "float16"))
-    if config.warmup_steps >= config.max_steps:
+    check_choice("optimizer", config.optimizer, get_args(OptimizerName))
+    check_choice("dtype", config.dtype, get_args(Precision))
+    if config.warmup_steps is not None and config.warmup_steps >= config.max_steps:
         raise InputError(
             f"warmup_steps {config.warmup_steps} leaves nothing of max_steps {config.max_steps}: "
-            f"pass --warmup_steps {config.max_steps // 10}"
+            f"leave it out, or pass --warmup_steps {config.max_steps // 10}"
         )
     if None not in (config.min_lr, config.learning_rate) and config.min_lr > config.learning_rate:
         raise InputError(f"min_lr {config.min_lr} is above learning_rate {config.learning_rate}")

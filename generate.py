@@ -1,8 +1,9 @@
 """Script: tells stories with a trained checkpoint, each word as it comes."""
 
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt import cli
 
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from config import check_whole
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -54,10 +56,10 @@ def main() -> None:
     import torch
 
     from storygpt.checkpoint import load_model
-    from storygpt.device import pick_device
+    from storygpt.device import use_device
     from storygpt.kernels import pack_linears
 
-    model, _ = load_model(arguments.checkpoint, pick_device(arguments.device))
+    model, _ = load_model(arguments.checkpoint, use_device(arguments.device))
     model.to(getattr(torch, arguments.dtype))
     pack_linears(model)  # for speed on a CPU
     (converse if arguments.interactive else tell_aloud)(model, arguments)
@@ -86,7 +88,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
     import torch
 
     from model import check_sampling
-    from storygpt.telling import generators, prompt_ids
+    from storygpt.generation import generators, prompt_ids
     from storygpt.tokenizer import TextStream, load_tokenizer
 
     tokenizer = load_tokenizer(model.config.vocab_size)

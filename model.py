@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it tells a story.
+"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it generates.
 
 Published beside the checkpoint, so it imports torch and `config` only. Layers have the names of
 GPT-2's own checkpoints. B is the batch, T the tokens of a row, N = B · T, V = vocab_size,
@@ -40,7 +40,7 @@ def written_out_attention(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
-    """The same y by torch's fused kernel, or written out for a torch that has none."""
+    """The same y by torch's fused kernel; written out, as in the reference, for a torch without."""
     if hasattr(F, "scaled_dot_product_attention"):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
     return written_out_attention(q, k, v, dropout_p, is_causal)[0]
@@ -52,7 +52,7 @@ class CausalSelfAttention(nn.Module):
     With a `cache` (see `KVCache`), the T tokens of `x` follow those in it, and are added to it.
     """
 
-    # `speed_up_training` puts in another way to the same y where that is faster.
+    # storygpt/kernels.py may put in another way to it; with dropout its draws differ.
     attention = staticmethod(attention)
 
     def __init__(self, config: GPTConfig):
@@ -68,13 +68,19 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         return qkv.permute(2, 0, 3, 1, 4).unbind()
 
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, n_head, T, T): how much each token takes from each."""
+        q, k, _ = self.heads(x)
+        return attention_weights(q, k, is_causal=True)
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         dropout = self.dropout if self.training else 0.0  # the kernel has no `training` flag
         q, k, v = self.heads(x)
         if cache is not None:  # the keys and values of all tokens so far
             k, v = cache.append(k, v)
-        # A single query is the newest token, which may look at every key there is.
+        # Several tokens are the first ones, each of which sees those up to itself; a single one is
+        # the newest, which may look at every key there is.
         y = self.attention(q, k, v, dropout, is_causal=T > 1)
         # the heads side by side again: (B, n_head, T, d) to (B, T, C)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -120,7 +126,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class GPT(nn.Module):
     """A decoder-only transformer with learned positions and tied input and output embeddings."""
 
-    # `speed_up_training` puts in another way to the same number, without (N, V) logits in memory.
+    # storygpt/kernels.py may put in another way to it, without (N, V) logits in memory.
     loss_function = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig):
@@ -132,7 +138,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        self.apply(self._init_weights)  # children before parents
+        self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std
@@ -140,7 +146,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, CausalSelfAttention | MLP):
+        if isinstance(module, CausalSelfAttention | MLP):  # `apply` comes to children before it
             # 2 * n_layer of these add up in the residual stream: its variance holds at any depth.
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
@@ -158,6 +164,28 @@ class GPT(nn.Module):
         weights = self.num_parameters() - self.wpe.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.context_length
 
+    def embed(self, idx: Tensor, past: int = 0) -> Tensor:
+        """(B, T) int64 ids to (B, T, C): the sum of each token's vector and its place's.
+
+        The first stands at place `past`. Raises InputError where they do not fit the context.
+        """
+        end = past + idx.size(1)
+        if end > self.config.context_length:
+            raise InputError(f"{end} tokens do not fit context_length {self.config.context_length}")
+        places = self.wpe.weight[past:end]
+        return self.wte(idx) + places
+
+    def attention_weights(self, idx: Tensor, layer: int) -> Tensor:
+        """(B, T) int64 ids to (B, n_head, T, T): how much each token takes from each in one layer.
+
+        Layers count from 0. Row t is of token t, and sums to 1.
+        """
+        x = self.embed(idx)
+        for block in self.h[:layer]:
+            x = block(x)
+        block = self.h[layer]
+        return block.attn.weights(block.ln_1(x))
+
     def hidden(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """(B, T) int64 ids to (B, T, C), what the blocks make of each token.
 
@@ -165,15 +193,12 @@ class GPT(nn.Module):
         Raises InputError where they do not fit the context, or are several after cached ones:
         the causal mask would take them for the first.
         """
-        T, past = idx.size(1), cache[0].length if cache else 0
-        if past + T > self.config.context_length:
+        past = cache[0].length if cache else 0
+        if past and idx.size(1) > 1:
             raise InputError(
-                f"{past + T} tokens do not fit context_length {self.config.context_length}"
+                f"a cache that holds tokens takes one more at a time, not {idx.size(1)}"
             )
-        if past and T > 1:
-            raise InputError(f"a cache that holds tokens takes one more at a time, not {T}")
-        x = self.wte(idx) + self.wpe.weight[past : past + T]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.embed(idx, past), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
         return self.ln_f(x)
@@ -191,7 +216,7 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, self.loss_function(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    # --- Telling a story ---
+    # --- Generation ---
 
     def new_cache(self) -> list[KVCache]:
         """An empty cache for one batch: one KVCache per block."""
@@ -313,10 +338,12 @@ def sample(
         return logits.argmax(-1, keepdim=True)
     vocab_size = logits.size(-1)
     ids = torch.arange(vocab_size, device=logits.device).expand_as(logits)
-    if (top_k or vocab_size) < vocab_size or (top_p or 1) < 1:  # top_p needs them in order
+    fewer_tokens = top_k is not None and top_k < vocab_size
+    less_than_all = top_p is not None and top_p < 1
+    if fewer_tokens or less_than_all:  # top_p needs them in order
         logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))
     probabilities = (logits.float() / temperature).softmax(-1)
-    if (top_p or 1) < 1:
+    if less_than_all:
         before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     # The argmax of p / exponential noise is a draw from p, normalized or not (the Gumbel-max

@@ -4,9 +4,10 @@ One pass encodes all stories into scratch files and keeps of each its length and
 stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
-from storygpt.cli import one_line, parse_flags, progress_bar, run, writing
+from storygpt import cli
 
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import hashlib
 import os
@@ -29,6 +30,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from config import InputError, check_whole
+from storygpt.cli import one_line, parse_flags, progress_bar, run
+from storygpt.files import writing
 from storygpt.sources import Stories, describe, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer

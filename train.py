@@ -5,43 +5,51 @@ Nothing random is kept between steps: the batch of a step and its dropout are fu
 step, micro-batch), so a resumed run is the run it resumes, and N processes do what one would.
 """
 
-from storygpt import cli  # first: it answers Ctrl-C while torch loads
+from storygpt import cli
 
-# isort: split
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import math
 import secrets
+import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from torch import nn
 
-from config import GPTConfig, InputError, TrainingConfig, preset
+from config import GPTConfig, InputError, PresetName, TrainingConfig, preset
 from model import GPT
 from storygpt import device as machine
-from storygpt.checkpoint import BEST, FINAL, LATEST, fit_start, load_start, load_weights
-from storygpt.distributed import MORE_TO_DO, Processes
+from storygpt.batches import Batches, mixed_seed
+from storygpt.checkpoint import Start, fit_start, load_start, load_weights
+from storygpt.distributed import Processes, Stop, lost_a_process
+from storygpt.files import BEST, FINAL, LATEST, step_name
 from storygpt.kernels import compile_model, speed_up_training
+from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
-from storygpt.metrics import Log, start_tracker
 from storygpt.optimizer import Optimizer
-from storygpt.run_folder import RunFolder, TrainState, check_same_data, step_name
-from storygpt.token_files import Batches, data_fingerprint, load_meta, load_tokens, mixed_seed
+from storygpt.run_folder import RunFolder, check_same_data
+from storygpt.state import RunFacts, TrainState
+from storygpt.token_files import data_fingerprint, load_meta, load_tokens
+
+MORE_TO_DO = 75  # exit status of a run that ended for want of time: EX_TEMPFAIL
 
 
 @dataclass(frozen=True)
 class FirstFlags:
     """What the defaults of all other flags depend on."""
 
-    preset: Literal["storygpt", "demo", "gpt2"] | None = None
-    """Where all other defaults come from: storygpt, the 57M reference; demo, small; gpt2, 124M."""
+    preset: PresetName | None = None
+    """Where all other defaults come from, by size: demo, 3m, 10m, 30m, storygpt (57M, the reference
+    and the default), gpt2 (124M); docs/training.md says which for which machine."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for checkpoints, metrics.jsonl and loss_plot.png."""
     resume: bool = False
@@ -60,7 +68,7 @@ class Arguments(FirstFlags):
     """Folder that prepare_data.py wrote."""
     max_hours: float | None = None
     """Save and end in time for these hours; exit status 75 says that --resume has more to do."""
-    tracker: Literal["none", "wandb", "trackio"] = "none"
+    tracker: Tracker = "none"
     """Where to send the metrics too."""
 
 
@@ -74,17 +82,33 @@ class Setting:
     dtype: torch.dtype
     batches: Batches
     val_tokens: np.ndarray
-    remembered: dict  # kept in StoryGPT_latest.pt: data, dtype, run_id, init_from
+    facts: RunFacts
+
+
+class Beginning(NamedTuple):
+    """What a run begins with."""
+
+    arguments: Arguments
+    latest: dict | None
+    """The StoryGPT_latest.pt to resume from, if any."""
+    start: Start | None
+    """What --init_from names, if it was passed."""
 
 
 def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
-    arguments, resumed, start = parse_arguments()
+    beginning = parse_arguments()
     try:
-        setting, state = set_up(arguments, resumed, start)
+        setting, state = set_up(beginning)
         status = train(setting, state)
     except Exception as error:
-        raise cli.with_advice(error, arguments.training) from error
+        if cli.is_out_of_memory(error):
+            raise cli.advice_on_memory(beginning.arguments.training) from error
+        if lost_a_process(error):
+            raise InputError(
+                "lost another process of this run; what ended it is in that one's output"
+            ) from error
+        raise
     setting.processes.part()
     sys.exit(status)
 
@@ -92,147 +116,184 @@ def main() -> None:
 # --- Setting up ---
 
 
-def parse_arguments() -> tuple[Arguments, dict | None, tuple | None]:
-    """The command line, the checkpoint to resume from and the one to start from, or None each.
+def parse_arguments() -> Beginning:
+    """Reads the command line, and what it says to resume or to start from.
 
     Raises InputError where a run would be overwritten or changed.
     """
     first = cli.parse_first(FirstFlags)
-    folder = RunFolder(first.checkpoint_dir)
-    resumed = folder.unfinished() if first.resume or Processes().restarted else None
-    start = load_start(first.init_from) if first.init_from else None  # shape, weights, origin
+    folder, processes = RunFolder(first.checkpoint_dir), Processes()
+    latest = folder.unfinished() if first.resume or processes.restarted else None
+    start = load_start(first.init_from) if first.init_from else None
     gpt, training = preset(first.preset or "storygpt")
-    if resumed and not first.preset:
-        gpt, training = resumed["gpt_config"], resumed["training_config"]
+    if latest and not first.preset:
+        gpt, training = latest["gpt_config"], latest["training_config"]
     elif start:
-        gpt = start[0]
+        gpt = start.config
     defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
     arguments = cli.parse_flags(Arguments, defaults)
-    training = arguments.training.with_learning_rates(arguments.gpt.n_embd)
+    training = arguments.training.filled_in(arguments.gpt.n_embd)
     arguments = replace(arguments, training=training)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
-    if resumed:
-        folder.check_same_run(resumed, arguments.gpt, training, start and start[2])
+    if latest:
+        origin = start.origin if start else None
+        folder.check_same_run(latest, gpt=arguments.gpt, training=training, origin=origin)
     else:
         folder.check_unused()
-    if first.resume and Processes().is_main:
-        print(f"resuming after step {resumed['step']:,}" if resumed else "starting a new run")
-    return arguments, resumed, start
+    if first.resume and processes.is_main:
+        print(f"resuming after step {latest['step']:,}" if latest else "starting a new run")
+    return Beginning(arguments=arguments, latest=latest, start=start)
 
 
-def set_up(
-    arguments: Arguments, resumed: dict | None, start: tuple | None
-) -> tuple[Setting, TrainState]:
-    """What a new run, or the `resumed` one, trains with. Raises InputError."""
+def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
+    """Makes what a new or a resumed run trains with. Raises InputError."""
+    arguments, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
     processes = Processes()
     processes.share(config.gradient_accumulation_steps)  # complains before anything is started
-    device = processes.meet(machine.pick_device(config.device))
+    device = processes.meet(machine.use_device(config.device))
     dtype = machine.pick_dtype(config.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
     machine.check_fits(gpt, config.batch_size, device)
 
     start_weights = fit_start(start, gpt) if start else None
     meta = load_meta(arguments.data_dir, gpt.vocab_size)
-    remembered = {"data": data_fingerprint(meta), "dtype": machine.dtype_name(dtype)}
-    if resumed:
-        check_same_data(resumed, remembered["data"], arguments.data_dir)
+    if latest:
+        check_same_data(latest, data_fingerprint(meta), arguments.data_dir)
     train_tokens, val_tokens = (
         load_tokens(arguments.data_dir, split, meta, gpt.context_length, verify=processes.is_main)
         for split in ("train", "validation")
     )
-    windows_per_step = config.batch_size * config.gradient_accumulation_steps
-    how = (config.seed, windows_per_step, gpt.context_length, config.story_windows)
-    batches = Batches(train_tokens, meta["end_of_text"], *how)
+    batches = Batches(
+        tokens=train_tokens,
+        end_of_text=meta["end_of_text"],
+        seed=config.seed,
+        windows_per_step=config.batch_size * config.gradient_accumulation_steps,
+        context_length=gpt.context_length,
+        story_windows=config.story_windows,
+    )
 
     torch.manual_seed(config.seed)
     model = GPT(gpt).to(device)
     speed_up_training(model, device)
     state = TrainState(model, Optimizer(model, config, device, dtype))
-    if resumed:
-        state.load(resumed, arguments.checkpoint_dir / LATEST)
+    if latest:
+        state.load(latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
-    remembered["init_from"] = resumed.get("init_from") if resumed else start and start[2]
-    new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
-    remembered["run_id"] = (resumed or {}).get("run_id") or new_id  # kept without its tracker, too
-    if resumed and resumed["dtype"] != remembered["dtype"]:
-        print(f"this run was in {resumed['dtype']} and goes on in {remembered['dtype']}")
-    setting = Setting(arguments, processes, device, dtype, batches, val_tokens, remembered)
+    facts = gather_facts(beginning, data=data_fingerprint(meta), dtype=machine.dtype_name(dtype))
+    setting = Setting(
+        arguments=arguments,
+        processes=processes,
+        device=device,
+        dtype=dtype,
+        batches=batches,
+        val_tokens=val_tokens,
+        facts=facts,
+    )
     return setting, state
+
+
+def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
+    """Returns what a new run will keep for good, or a resumed one has kept."""
+    arguments, latest, start = beginning
+    new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
+    if not latest:
+        origin = start.origin if start else None
+        return RunFacts(data=data, dtype=dtype, run_id=new_id, init_from=origin)
+    if latest["dtype"] != dtype:
+        print(f"this run was in {latest['dtype']} and goes on in {dtype}")
+    # A run keeps its id also where it goes on without its tracker for a while.
+    run_id, origin = latest.get("run_id") or new_id, latest.get("init_from")
+    return RunFacts(data=data, dtype=dtype, run_id=run_id, init_from=origin)
 
 
 # --- The loop ---
 
 
 def train(setting: Setting, state: TrainState) -> int:
-    """Trains to the last step, or until asked to stop; returns the exit status."""
+    """Trains to the last step, or until there is a reason to stop; returns the exit status."""
     arguments, processes = setting.arguments, setting.processes
-    config = arguments.training
+    config, directory = arguments.training, arguments.checkpoint_dir
     compiled = compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
-    folder, log = open_folder(setting, state) if processes.is_main else (None, None)
-    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
-    longest = time.monotonic() - cli.STARTED  # seconds between two looks at the clock
-    saved, status = time.monotonic(), 0
-    if setting.remembered["init_from"] and state.step == 0:
-        evaluate_start(setting, state, compiled, folder, log)
-    with log or nullcontext():
-        while state.step < config.max_steps and not status:
-            # --- One step ---
-            start = time.monotonic()
-            late = processes.is_main and start + 2 * longest > deadline  # no time for one more
-            status = 128 + signals[0] if signals else MORE_TO_DO if late else 0
-            entry, status = train_step(setting, state, model, status)
-            speed = setting.batches.tokens_per_step / (time.monotonic() - start)
-            entry["tokens_per_second"] = round(speed, 1)
+    folder, log = begin(setting, state) if processes.is_main else (None, None)
+    if setting.facts.init_from and state.step == 0:
+        evaluate_start(setting, state, compiled, folder=folder, log=log)
 
-            # --- End a diverged run, evaluate ---
-            state.check(entry, arguments.checkpoint_dir, config)
+    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
+    last_save = time.monotonic()
+    longest = last_save - cli.STARTED  # seconds of a step: setting up stands in for the first
+    stop = None
+    with log or nullcontext():
+        while state.step < config.max_steps and not stop:
+            # --- One step ---
+            began = time.monotonic()
+            if signals:
+                stop = "signal"
+            elif processes.is_main and began + 2 * longest > deadline:
+                stop = "time"  # there is none for another step after this one
+            entry, stop = train_step(setting, state, model, stop)
+            speed = setting.batches.tokens_per_step / (time.monotonic() - began)
+            entry["tokens_per_second"] = round(speed, 1)
+            state.stop_if_diverged(entry, directory, config)
+
+            # --- Evaluate ---
             last = state.step == config.max_steps
-            status = 0 if last else status
-            if last or state.step % config.eval_interval == 0:
-                loss = validate(setting, compiled, config.eval_iters, processes)
-                state.val_loss = entry["val_loss"] = loss
-                state.check(entry, arguments.checkpoint_dir, config)
+            evaluated = last or state.step % config.eval_interval == 0
+            if evaluated:
+                state.val_loss = entry["val_loss"] = validate(setting, compiled, config.eval_iters)
+                state.stop_if_diverged(entry, directory, config)
             if not processes.is_main:
                 continue
 
             # --- Save ---
-            if "val_loss" in entry:
-                log.attempt(log.add_sample, entry, state.model, config.seed)
+            if evaluated:
+                log.add_sample(entry, state.model, config.seed)
             folder.append(entry)
-            names = [FINAL] if last else []
-            if entry.get("val_loss", math.inf) < state.best_val_loss:
+            names = []
+            if last:
+                names.append(FINAL)
+            if state.val_loss < state.best_val_loss:
                 state.best_val_loss = state.val_loss
                 names.append(BEST)
             if config.keep_interval and state.step % config.keep_interval == 0:
                 names.append(step_name(state.step))
-            if names or status or start - saved >= 60 * config.save_minutes:
-                if "val_loss" not in entry:  # train_loss is of the old weights: check the new ones
-                    glance = {"val_loss": validate(setting, state.model, 1)}
-                    state.check(entry | glance, folder.directory, config)
+            if names or stop or began - last_save >= 60 * config.save_minutes:
+                if not evaluated:
+                    check_new_weights(setting, state, entry)
                 save(setting, state, folder, [*names, LATEST])
-                saved = start
+                last_save = began
 
             # --- Log ---
             log.add(entry)
-            longest = max(longest, time.monotonic() - start)
+            longest = max(longest, time.monotonic() - began)
         if processes.is_main:
             folder.wait()  # saving goes on in the background
-    if processes.is_main:
-        print(log.ending(status, state.best_val_loss, arguments.data_dir, arguments.tracker))
-    # torchrun would take any other status for a death, and start all processes anew.
-    return 0 if status == MORE_TO_DO and processes.launched else status
+
+    finished = state.step == config.max_steps
+    if processes.is_main and finished:
+        print(log.finished(state.best_val_loss))
+    elif processes.is_main:
+        print(log.stopped(data_dir=arguments.data_dir, tracker=arguments.tracker))
+    if finished:
+        return 0
+    if stop == "signal":
+        return 128 + (signals[0] if signals else signal.SIGTERM)
+    # torchrun would take another status for a death, and start all processes anew.
+    return 0 if processes.launched else MORE_TO_DO
 
 
 def train_step(
-    setting: Setting, state: TrainState, model: nn.Module, status: int
-) -> tuple[dict, int]:
-    """One optimizer update: its line of metrics.jsonl, and the exit status that all processes agree
-    on (0: go on), given each one's `status`. `model`: state.model, perhaps compiled and wrapped."""
+    setting: Setting, state: TrainState, model: nn.Module, stop: Stop | None
+) -> tuple[dict, Stop | None]:
+    """Makes one optimizer update; returns its line of metrics.jsonl, and whether any process stops
+    after it, given whether this one does.
+
+    `model` is state.model, perhaps compiled and wrapped.
+    """
     config, processes, device = setting.arguments.training, setting.processes, setting.device
     own = processes.share(config.gradient_accumulation_steps)
     state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
@@ -240,7 +301,7 @@ def train_step(
     for micro_batch in own:
         first = micro_batch * config.batch_size
         x, y = setting.batches(state.step, range(first, first + config.batch_size))
-        processes.synchronize_gradients(model, micro_batch == own[-1])
+        processes.average_next_backward(model, micro_batch == own[-1])
         torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))  # of dropout
         with machine.autocast(device, setting.dtype):
             _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
@@ -249,36 +310,60 @@ def train_step(
     learning_rate = state.optimizer.learning_rate
     grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
     state.skipped_steps += skipped
-    means, status = processes.report([loss_sum / len(own), grad_norm], status)
+    (train_loss, grad_norm), stop = processes.agree([loss_sum / len(own), grad_norm], stop)
     entry = {
         "step": state.step,
         "tokens": state.step * setting.batches.tokens_per_step,
         "epoch": round(state.step / setting.batches.steps_per_epoch, 4),
-        "train_loss": means[0],
+        "train_loss": train_loss,
         "learning_rate": learning_rate,
-        "grad_norm": None if skipped else means[1],
+        "grad_norm": None if skipped else grad_norm,
     }
     if setting.dtype == torch.float16:  # steps that overflow are skipped
         entry["skipped_steps"] = state.skipped_steps
-    return entry, status
+    return entry, stop
 
 
-def validate(setting: Setting, model: nn.Module, num_batches: int, *processes) -> float:
-    """Mean loss in nats a token over `num_batches` validation batches, which `processes` share."""
-    length, size = setting.arguments.gpt.context_length, setting.arguments.training.batch_size
-    where = (setting.device, setting.dtype, *processes)
-    return estimate_loss(model, setting.val_tokens, length, size, num_batches, *where)
+def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool = False) -> float:
+    """Returns the mean loss in nats a token over `num_batches` validation batches.
+
+    The processes share them, unless this one validates `alone`.
+    """
+    return estimate_loss(
+        model,
+        setting.val_tokens,
+        context_length=setting.arguments.gpt.context_length,
+        batch_size=setting.arguments.training.batch_size,
+        num_batches=num_batches,
+        device=setting.device,
+        dtype=setting.dtype,
+        processes=None if alone else setting.processes,
+    )
 
 
-def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, folder, log) -> None:
-    """Step 0 of a run that starts from another's weights: what they know of this data."""
+def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
+    """Raises InputError where a step without an evaluation has ruined the weights, before they are
+    saved: its train_loss is of those before it."""
+    glance = {"val_loss": validate(setting, state.model, num_batches=1, alone=True)}
+    arguments = setting.arguments
+    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, arguments.training)
+
+
+def evaluate_start(
+    setting: Setting,
+    state: TrainState,
+    model: nn.Module,
+    folder: RunFolder | None,
+    log: Log | None,
+) -> None:
+    """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
-    loss = validate(setting, model, config.eval_iters, setting.processes)
+    loss = validate(setting, model, config.eval_iters)
     state.val_loss = state.best_val_loss = loss
     entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
-    state.check(entry, setting.arguments.checkpoint_dir, config)
+    state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)
     if setting.processes.is_main:
-        entry["init_from"] = setting.remembered["init_from"]
+        entry["init_from"] = setting.facts.init_from
         folder.append(entry)
         save(setting, state, folder, [BEST, LATEST])
         log.add(entry)
@@ -287,34 +372,52 @@ def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, folder
 # --- What the main process saves and prints ---
 
 
-def open_folder(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
-    """The run's folder, with a first checkpoint so that a bad disk is found now, and its log."""
-    arguments, processes = setting.arguments, setting.processes
-    config, folder = arguments.training, RunFolder(arguments.checkpoint_dir)
-    settings, run_id = {**vars(arguments.gpt), **vars(config)}, setting.remembered["run_id"]
+def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
+    """Locks the run's folder, saves a first checkpoint so that a bad disk is found now, and says
+    what the run will be."""
+    arguments, directory = setting.arguments, setting.arguments.checkpoint_dir
+    config, folder = arguments.training, RunFolder(directory)
     metrics = folder.open(state.step)
-    track = start_tracker(arguments.tracker, settings, run_id, folder.directory)
+    track = start_tracker(
+        arguments.tracker,
+        settings=asdict(arguments.gpt) | asdict(config),
+        run_id=setting.facts.run_id,
+        directory=directory,
+    )
     done = state.step == config.max_steps  # but killed before FINAL was written
     save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
-    batches, where = setting.batches, machine.describe(setting.device, setting.dtype)
-    epochs = config.max_steps / batches.steps_per_epoch
-    print(
-        f"{state.model.num_parameters():,} parameters on {processes.world_size} × "
-        f"{where}; {len(batches.tokens):,} train tokens, "
+    print(banner(setting, state.model))
+    log = Log(
+        metrics=metrics,
+        step=state.step,
+        max_steps=config.max_steps,
+        directory=directory,
+        track=track,
+        flops=state.model.flops_per_token() / setting.processes.world_size,
+        device=setting.device,
+        dtype=setting.dtype,
+    )
+    return folder, log
+
+
+def banner(setting: Setting, model: GPT) -> str:
+    """Says in a line what is trained, where, and on how much."""
+    batches, processes = setting.batches, setting.processes
+    epochs = setting.arguments.training.max_steps / batches.steps_per_epoch
+    return (
+        f"{model.num_parameters():,} parameters on {processes.world_size} × "
+        f"{machine.describe(setting.device, setting.dtype)}; {len(batches.tokens):,} train tokens, "
         f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs"
     )
-    flops = state.model.flops_per_token() / processes.world_size
-    speed = (flops, setting.device, setting.dtype)
-    return folder, Log(metrics, state.step, config.max_steps, folder.directory, track, *speed)
 
 
 def save(setting: Setting, state: TrainState, folder: RunFolder, names: list[str]) -> None:
     """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
-    weights = state.weights(setting.arguments.gpt, setting.arguments.training)
-    weights["init_from"] = setting.remembered["init_from"]
-    folder.save(names, weights, state.rest() | setting.remembered)
+    arguments, facts = setting.arguments, setting.facts
+    checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
+    folder.save(names, checkpoint, state.resume_state(facts))
 
 
 if __name__ == "__main__":

@@ -9,30 +9,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# isort: split
+from storygpt import cli
 
-from storygpt import cli  # first: it answers Ctrl-C while torch loads
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
-# isort: split
-
-import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import tyro
 
-from config import InputError
-from storygpt.checkpoint import (
-    BEST,
-    FINAL,
-    LATEST,
-    build_model,
-    load_checkpoint,
-    write_atomically,
-)
-from storygpt.metrics import METRICS, parse_metrics
-from storygpt.run_folder import FREE_FIELDS
+from config import MAY_CHANGE, InputError
+from storygpt.checkpoint import build_model, load_checkpoint
+from storygpt.files import BEST, FINAL, LATEST, METRICS, save_figure
+from storygpt.metrics import parse_metrics
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
 
@@ -91,7 +82,7 @@ def read_run(folder: Path) -> Run:
     settings = asdict(checkpoint["gpt_config"]) | asdict(checkpoint["training_config"])
     return Run(
         name=str(folder),
-        settings={name: value for name, value in settings.items() if name not in FREE_FIELDS},
+        settings={name: value for name, value in settings.items() if name not in MAY_CHANGE},
         parameters=build_model(checkpoint, folder / names[0]).num_parameters(),
         data=checkpoint.get("data"),
         step=steps[evaluated],
@@ -196,9 +187,7 @@ def draw(recipes: list[list[Run]], scales: dict[str, float], path: Path) -> None
     for axes in panels:
         axes.grid(alpha=0.3)
     panels[0].legend(title="validation (dashed: training)")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

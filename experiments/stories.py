@@ -14,9 +14,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import InputError
-from storygpt.checkpoint import write_atomically
 from storygpt.cli import parse_flags, run
-from storygpt.measures import ROWS, story_table
+from storygpt.files import write_atomically
+from storygpt.judging.measures import ROWS, story_table
 
 
 @dataclass(frozen=True)

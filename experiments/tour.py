@@ -6,13 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# isort: split
+from storygpt import cli
 
-from storygpt import cli  # first: it answers Ctrl-C while torch loads
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
-# isort: split
-
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -27,13 +25,15 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from config import InputError, TrainingConfig, check_whole
-from model import GPT, attention_weights
-from storygpt.checkpoint import build_model, load_checkpoint, write_atomically
+from model import GPT
+from storygpt.batches import Batches
+from storygpt.checkpoint import build_model, load_checkpoint
+from storygpt.files import METRICS, save_figure
+from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.judging.measures import find_names, sentences
 from storygpt.kernels import pack_linears
-from storygpt.measures import find_names, sentences
-from storygpt.metrics import METRICS, parse_metrics, smoothed
-from storygpt.telling import tell
-from storygpt.token_files import Batches, load_meta, load_tokens
+from storygpt.metrics import parse_metrics, smoothed
+from storygpt.token_files import load_meta, load_tokens
 from storygpt.tokenizer import load_tokenizer
 
 COLUMNS = 92  # characters in a line of a picture
@@ -167,12 +167,8 @@ def show_embeddings(model: GPT, story: Story, tokens: np.ndarray, tokenizer) -> 
 
 def all_heads(model: GPT, ids: list[int]) -> Tensor:
     """(n_layer, n_head, T, T): how much each of T ids takes from each."""
-    x, found = model.wte(torch.tensor([ids])) + model.wpe.weight[: len(ids)], []
-    for block in model.h:
-        q, k, _ = block.attn.heads(block.ln_1(x))
-        found.append(attention_weights(q, k, is_causal=True)[0])
-        x = block(x)
-    return torch.stack(found)
+    idx = torch.tensor([ids])
+    return torch.cat([model.attention_weights(idx, layer) for layer in range(len(model.h))])
 
 
 def show_attention(model: GPT, story: Story, arguments: Arguments) -> None:
@@ -256,7 +252,8 @@ def show_stories(model: GPT, story: Story) -> None:
     stop(f"11: sampling, from {prompt!r}")
     pack_linears(model)  # as generate.py does
     for temperature in (0.0, 0.8, 1.5):
-        ((text, _),) = tell(model, prompt, [SEED], temperature=temperature)
+        settings = GenerationSettings(temperature=temperature)
+        ((text, _),) = generate_stories(model, prompt, [SEED], settings)
         print(f"temperature {temperature}:{text.removeprefix(prompt)}")
 
 
@@ -274,9 +271,7 @@ def show_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(figure, path, dpi=110)
 
 
 def draw_tokens(path: Path, pieces: list[str], colours: list, notes: list[str]) -> None:
@@ -344,8 +339,15 @@ def main() -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, end = load_tokenizer(config.vocab_size), meta["end_of_text"]
 
-    how = (training.seed, windows, config.context_length, training.story_windows)
-    x, y = Batches(tokens, end, *how)(1, range(windows))
+    batches = Batches(
+        tokens=tokens,
+        end_of_text=end,
+        seed=training.seed,
+        windows_per_step=windows,
+        context_length=config.context_length,
+        story_windows=training.story_windows,
+    )
+    x, y = batches(1, range(windows))
     row, story = pick_story(tokens, x, arguments.row, tokenizer)
     show_tokens(story, tokens, arguments)
     show_batch(x, y, row, tokenizer)

@@ -194,14 +194,7 @@ def token_probabilities(teller: Storyteller, story: Story) -> list[float | None]
 @torch.no_grad()
 def attention_weights(teller: Storyteller, ids: list[int], layer: int) -> Tensor:
     """(n_head, T, T): how much each of T ids takes from each, in the heads of one layer."""
-    from model import written_out_attention
-
-    model = teller.model
-    x = model.wte(torch.tensor([ids], device=teller.device)) + model.wpe.weight[: len(ids)]
-    for block in model.h[:layer]:
-        x = block(x)
-    block = model.h[layer]
-    return written_out_attention(*block.attn.heads(block.ln_1(x)), is_causal=True)[1][0]
+    return teller.model.attention_weights(torch.tensor([ids], device=teller.device), layer)[0]
 
 
 # --- What is shown ---
@@ -287,6 +280,8 @@ def bar(teller: Storyteller, token: int, p: float, told: bool, rank: str = "") -
 
 def show_heads(teller: Storyteller, ids: list[int], layer: int) -> str:
     """A picture of each head's weights among `ids`, and of its last row by itself, as HTML."""
+    if not hasattr(teller.model, "attention_weights"):
+        return "<p>To see where its heads looked, publish this model again: its code is older.</p>"
     figures = []
     for head, weights in enumerate(attention_weights(teller, ids, layer).cpu(), 1):
         most = weights[-1].topk(min(3, len(ids)))

@@ -5,14 +5,10 @@ A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `c
 """
 
 import hashlib
-import os
-import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
+from storygpt.files import write_atomically
 from storygpt.formats import read_folder, reading, rebuild
 from storygpt.hub import explain, is_hub_id
-
-BEST, FINAL, LATEST = (f"StoryGPT_{name}.pt" for name in ("best", "final", "latest"))
+from storygpt.kernels import pack_linears
 
 KEYS = {
     "gpt_config": GPTConfig,
@@ -40,50 +36,6 @@ FILES = [
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
 ]
 OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Lets `write` fill a temporary file, then renames it to `path`: no reader sees half a file.
-
-    Raises InputError where the disk is full or the folder cannot be written; an older `path`
-    stays as it was.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(OSError):  # not every file system has modes
-            os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
-            raise error.__context__ from None  # torch.save complains of the file a Ctrl-C cut short
-        if isinstance(error, OSError | RuntimeError):  # torch.save turns a full disk into either
-            kept = ", and the one before it is kept" if path.exists() else ""
-            reason = getattr(error, "strerror", None) or "the disk is full or the file too large"
-            raise InputError(
-                f"{path} cannot be written ({reason}){kept}: free some space or pass another folder"
-            ) from error
-        raise
-    if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # nor can every one do that
-            os.fsync(folder)
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -203,14 +155,31 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dic
     return build_model(checkpoint, path, device), checkpoint
 
 
-def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
-    """What a new run can start from: the shape, the `model_state_dict` and the origin of a model.
+def load_to_generate(
+    path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[GPT, dict]:
+    """As `load_model`, in the precision `dtype` and packed for speed: such a model generates and
+    scores, but cannot be trained or saved."""
+    model, checkpoint = load_model(path, device)
+    model.to(dtype)
+    pack_linears(model)
+    return model, checkpoint
 
-    The origin is {"checkpoint": the Hub id or the local path made absolute, "sha256": of all
-    weights, by sorted name}: what metrics, card and later checkpoints remember as "init_from". The
-    same weights have the same sum in a .pt file, a folder and on the Hub. Raises InputError as
-    `load_model` does.
-    """
+
+class Start(NamedTuple):
+    """What a new run can start from."""
+
+    config: GPTConfig
+    weights: dict
+    """A `model_state_dict`."""
+    origin: dict[str, str]
+    """What metrics, card and later checkpoints remember as "init_from": {"checkpoint": the Hub id
+    or the local path made absolute, "sha256": of all weights, by sorted name}. The same weights
+    have the same sum in a .pt file, a folder and on the Hub."""
+
+
+def load_start(path: Path) -> Start:
+    """Reads a model to start from. Raises InputError as `load_model` does."""
     path = Path(path)
     if not (path.exists() or is_on_the_hub(path)):
         raise InputError(
@@ -222,21 +191,22 @@ def load_start(path: Path) -> tuple[GPTConfig, dict, dict[str, str]]:
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
     name = str(path.resolve()) if path.exists() else path.as_posix()
-    return model.config, model.state_dict(), {"checkpoint": name, "sha256": digest.hexdigest()}
+    origin = {"checkpoint": name, "sha256": digest.hexdigest()}
+    return Start(config=model.config, weights=model.state_dict(), origin=origin)
 
 
-def fit_start(start: tuple[GPTConfig, dict, dict], gpt: GPTConfig) -> dict:
-    """The weights of a `load_start` for a model of shape `gpt`, its positions cropped if need be.
+def fit_start(start: Start, gpt: GPTConfig) -> dict:
+    """The weights of a start for a model of shape `gpt`, its positions cropped if need be.
 
-    Raises InputError where the two shapes differ in more than dropout and a shorter context.
+    Raises InputError where the two shapes differ in more than dropout, init_std, which only new
+    weights are drawn with, and a shorter context.
     """
-    theirs, weights, origin = start
     for field in fields(GPTConfig):
-        ours, given = getattr(gpt, field.name), getattr(theirs, field.name)
+        ours, given = getattr(gpt, field.name), getattr(start.config, field.name)
         shorter = field.name == "context_length" and ours < given
         if ours != given and not shorter and field.name not in ("dropout", "init_std"):
             raise InputError(
-                f"{origin['checkpoint']} has {field.name} {given}, not {ours}: leave --"
+                f"{start.origin['checkpoint']} has {field.name} {given}, not {ours}: leave --"
                 f"{field.name} out, or start without --init_from"
             )
-    return weights | {"wpe.weight": weights["wpe.weight"][: gpt.context_length]}
+    return start.weights | {"wpe.weight": start.weights["wpe.weight"][: gpt.context_length]}

@@ -1,6 +1,12 @@
 """What the scripts share: flags out of dataclasses, and mistakes answered in one sentence.
 
-A script imports this first: from then on Ctrl-C ends it quietly, also while torch loads.
+Torch takes seconds to load, and a Ctrl-C in the middle of that would end in a traceback from within
+it. So a script that is run (not one that is imported) begins with these lines, above its imports:
+
+    from storygpt import cli
+
+    if __name__ == "__main__":
+        cli.end_quietly_on_interrupt()
 """
 
 import contextlib
@@ -9,25 +15,28 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from config import InputError, TrainingConfig
+from storygpt.files import BEST
 
-DEFAULT_CHECKPOINT = Path("checkpoints/StoryGPT_best.pt")  # here, where no torch is imported
+DEFAULT_CHECKPOINT = Path("checkpoints") / BEST
 STARTED = time.monotonic()
 
 
-def leave(*_) -> None:
+def end_quietly_on_interrupt() -> None:
+    """Has Ctrl-C end the process without a word, until `run` takes over."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may ignore it
+        signal.signal(signal.SIGINT, _exit_130)
+
+
+def _exit_130(*_) -> None:
     os._exit(130)
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
-    signal.signal(signal.SIGINT, leave)
-
-
 def parse_flags(arguments: type, default=None, **options):
-    """The command line as an instance of the dataclass `arguments`; `options` are tyro.cli's.
+    """Parses the command line into the dataclass `arguments`; `options` are tyro.cli's.
 
     Flags are the field names, of nested dataclasses too, with underscores; their help is the
     field docstrings. Exits with status 2 where they do not fit.
@@ -39,44 +48,33 @@ def parse_flags(arguments: type, default=None, **options):
 
 
 def parse_first(arguments: type):
-    """The flags of `arguments` alone: those on which the defaults of the others depend."""
+    """Returns the flags of `arguments` alone: those on which the defaults of the others depend."""
     found, _ = parse_flags(arguments, return_unknown_args=True, add_help=False)
     return found
 
 
 def progress_bar(**options):
-    """A tqdm bar that redraws itself in a terminal, and rarely where a log file keeps each line."""
+    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all."""
     from tqdm import tqdm
 
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, without line breaks; its kind where it says nothing."""
+    """Returns what an exception says, without line breaks; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def command_line(script: str, **flags) -> str:
-    """`python SCRIPT --flag value ...` as a shell takes it."""
+    """Writes `python SCRIPT --flag value ...` as a shell takes it."""
     words = ["python", script]
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
 
 
-@contextlib.contextmanager
-def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Says in one sentence that `path` could not be written, and what mends that."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): {remedy}"
-        ) from error
-
-
 def listen_for_signals(launched: bool) -> list[int]:
-    """A list that takes the signals, Ctrl-C, SIGTERM and SIGHUP, that ask the caller to stop.
+    """Returns a list that takes the signals that ask to stop: Ctrl-C, SIGTERM and SIGHUP.
 
     A second Ctrl-C ends the process at once; but not a process that torchrun has `launched`, whose
     launcher passes on what a terminal or a scheduler has sent to all of them already.
@@ -117,12 +115,12 @@ class _Unfailing:
 
 
 def never_stop_for_output() -> None:
-    """From here on what cannot be printed is lost, and nothing else."""
+    """Lets what cannot be printed from here on be lost, and nothing else with it."""
     sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or the GPU had no memory for it; torch raises RuntimeErrors on CPUs."""
+    """Tells whether the machine or the GPU had no memory; torch raises RuntimeErrors on CPUs."""
     kind, message = type(error).__name__, str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
@@ -130,10 +128,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def with_advice(error: Exception, config: TrainingConfig) -> Exception:
-    """The error; or if memory did not suffice, how the same run needs less, as an InputError."""
-    if not is_out_of_memory(error):
-        return error
+def advice_on_memory(config: TrainingConfig) -> InputError:
+    """Says how a run that did not fit into memory needs less of it."""
     size, steps = config.batch_size, config.gradient_accumulation_steps
     factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
     if factor == 1:
@@ -148,7 +144,7 @@ def with_advice(error: Exception, config: TrainingConfig) -> Exception:
 
 def run(main: Callable[[], None]) -> None:
     """Calls `main` as a script's body: no traceback for what the user can mend or meant to do."""
-    if signal.getsignal(signal.SIGINT) is leave:
+    if signal.getsignal(signal.SIGINT) is _exit_130:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -173,14 +169,11 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             fail("there is not enough memory for this: pass smaller numbers")
-        # gloo has no type of its own for a peer that is gone
-        if type(error).__name__.startswith("Dist") or "by peer" in str(error):
-            fail("lost another process of this run; what ended it is in that one's output")
         raise
 
 
 def drop_output() -> None:
-    """What is left in stdout's buffer goes nowhere: Python would try again, and complain, as it
+    """Sends what is left in stdout's buffer nowhere: Python would try again, and complain, as it
     ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

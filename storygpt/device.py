@@ -10,8 +10,8 @@ import torch
 
 from config import GPTConfig, InputError
 
-# Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets, by the whole
-# name that the driver gives.
+# Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets. The keys are
+# regular expressions that match the whole name the driver gives.
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -30,10 +30,10 @@ PEAK_FLOPS = {
 }
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or for `auto` the first of cuda, mps and cpu; made torch's current one.
+def use_device(name: str = "auto") -> torch.device:
+    """Returns the named device, or for `auto` the first of cuda, mps and cpu.
 
-    Raises InputError where it is not to be had here.
+    Also makes it torch's current device. Raises InputError where it is not to be had here.
     """
     found = ["cpu"]
     if torch.backends.mps.is_available():

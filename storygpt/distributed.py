@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
 
-MORE_TO_DO = 75  # exit status of a run that ended for want of time: EX_TEMPFAIL
+Stop = Literal["signal", "time"]  # what a run is stopped for before its last step
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Tells whether another process of this run is gone: gloo has no error of its own for that."""
+    return isinstance(error, dist.DistError) or "by peer" in str(error)
 
 
 class Processes:
@@ -48,7 +54,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, number: int) -> range:
-        """This process's part of `number` micro-batches.
+        """Returns this process's part of `number` micro-batches.
 
         Raises InputError where they do not divide among the processes.
         """
@@ -98,36 +104,37 @@ class Processes:
         return device
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """`model` with gradients averaged over all processes in each backward pass."""
+        """Returns `model` with gradients averaged over all processes in each backward pass."""
         if not self.launched:
             return model
         devices = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
 
-    def synchronize_gradients(self, model: nn.Module, now: bool) -> None:
-        """Whether the next backward pass of a wrapped model averages: once a step is enough."""
+    def average_next_backward(self, model: nn.Module, now: bool) -> None:
+        """Tells a wrapped model whether its next backward pass averages: once a step is enough."""
         if self.launched:
             model.require_backward_grad_sync = now
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes, in place."""
+        """Sums `values` over all processes, in place."""
         if self.launched:
             dist.all_reduce(values)
         return values
 
-    def report(self, values: list[Tensor], status: int) -> tuple[list[float], int]:
-        """The means of () float32 `values` over all processes, and the exit status they agree on.
+    def agree(self, values: list[Tensor], stop: Stop | None) -> tuple[list[float], Stop | None]:
+        """Returns the means of () float32 `values` over all processes, and whether they stop.
 
-        That is what `status` of this process says unless it is 0, else what another's says: the
-        wish to end that a signal (128 and its number) or the clock has brought to one is all's.
-        The one synchronization of host and device in a step.
+        All stop for what one of them has to stop for; a signal goes before the clock. The one
+        synchronization of host and device in a step.
         """
-        wishes = [torch.full_like(values[0], wish) for wish in (status > 128, 0 < status < 128)]
-        *means, signals, clocks = self.sum(torch.stack([*values, *wishes])).tolist()
-        others = 128 + signal.SIGTERM if signals else MORE_TO_DO if clocks else 0
-        return [mean / self.world_size for mean in means], status or others
+        reasons = get_args(Stop)
+        wishes = [torch.full_like(values[0], stop == reason) for reason in reasons]
+        sums = self.sum(torch.stack([*values, *wishes])).tolist()
+        means = [value / self.world_size for value in sums[: len(values)]]
+        wished = [reason for reason, n in zip(reasons, sums[len(values) :], strict=True) if n]
+        return means, wished[0] if wished else None
 
     def part(self) -> None:
-        """Ends the meeting."""
+        """Ends what `meet` began."""
         if self.launched:
             dist.destroy_process_group()

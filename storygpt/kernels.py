@@ -14,7 +14,7 @@ from model import GPT, attention, attention_weights
 
 
 def softmax_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Turn (rows, V) logits into probabilities, in place; return the losses, (rows, 1) float32.
+    """Turns (rows, V) logits into probabilities, in place; returns the losses, (rows, 1) float32.
 
     The softmax is float32, whatever the logits are. Compiled for a GPU these are two kernels, which
     read the logits twice, write them once, and need no memory of their size.
@@ -26,7 +26,7 @@ def softmax_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def softmax_in_parts_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Do the same without a compiler, a few rows at a time in the same memory.
+    """Does the same without a compiler, a few rows at a time in the same memory.
 
     As float32 these stay in a CPU's cache, and on a GPU take as much memory as bfloat16 logits.
     """
@@ -43,7 +43,7 @@ def softmax_in_parts_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to the float32 `total`.
+    """Adds a @ b to the float32 `total`.
 
     On a GPU the product itself is float32: a frequent token's sum over thousands of rows can be
     more than float16 holds. A CPU cannot; part by part it needs no fresh memory of the whole.
@@ -68,7 +68,7 @@ def chunk_by_chunk(
     columns: int,
     with_gradients: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the () float32 sum of the losses of x (N, C) @ weight (V, C).T, and its gradients for
+    """Returns the () float32 sum of the losses of x (N, C) @ weight (V, C).T, and its gradients for
     both where they are wanted, taken while the logits of a chunk of `rows` are there.
 
     The logits are padded to a multiple of `columns`, which tensor cores want. Gradients are of the
@@ -108,15 +108,13 @@ class _KnownGradients(torch.autograd.Function):
         return x_grad * loss_grad, weight_grad * loss_grad, None, None, None
 
 
-# Inside a compiled graph the chunks' products are put off until all chunks are in memory at once.
-@torch.compiler.disable
 def chunked_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
     softmax: Callable[[Tensor, Tensor], Tensor] = softmax_in_parts_,
 ) -> Tensor:
-    """Compute `model.cross_entropy` without the logits of a whole batch, its largest tensor.
+    """Computes `model.cross_entropy` without the logits of a whole batch, its largest tensor.
 
     x (N, C), weight (V, C), targets (N,) int64 to the mean loss in nats, a () float32 tensor.
     Under autocast the products run in its dtype; softmax, loss and sums are float32. `softmax` is
@@ -167,15 +165,17 @@ def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causa
 
 
 def speed_up_training(model: GPT, device: torch.device) -> None:
-    """Put into the model what computes the same in less time or memory on this device."""
-    model.loss_function = chunked_cross_entropy
+    """Puts into the model what computes the same in less time or memory on this device."""
+    # Inside a compiled graph the chunks' products would be put off until all chunks are in memory
+    # at once. (Not a decorator: it loads the compiler, a second that only training has to wait.)
+    model.loss_function = torch.compiler.disable(chunked_cross_entropy)
     if device.type == "cpu":
         for block in model.h:
             block.attn.attention = attention_on_cpu
 
 
 def compile_model(model: GPT, wanted: bool | None, device: torch.device) -> nn.Module:
-    """Return torch.compile(model) if `wanted`; None means on CUDA, where it works.
+    """Returns torch.compile(model) if `wanted`; None means on CUDA, where it works.
 
     All shapes are static. Raises InputError where compiling is wanted and does not work: it needs a
     C++ compiler, and on GPUs Triton.
@@ -193,7 +193,8 @@ def compile_model(model: GPT, wanted: bool | None, device: torch.device) -> nn.M
         return model
     if device.type != "cpu":
         softmax = torch.compile(softmax_, dynamic=False)
-        model.loss_function = partial(chunked_cross_entropy, softmax=softmax)
+        loss_function = partial(chunked_cross_entropy, softmax=softmax)
+        model.loss_function = torch.compiler.disable(loss_function)
     return torch.compile(model, dynamic=False)
 
 
@@ -222,7 +223,7 @@ class _PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Has oneDNN pack the weights of all linear layers of a model that will only tell stories.
+    """Has oneDNN pack the weights of all linear layers of a model that will only generate.
 
     For a few rows a CPU spends longer on arranging a weight than on multiplying by it; packed, it
     is arranged once and not at every token. One way: the model cannot be trained or saved after

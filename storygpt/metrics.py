@@ -1,25 +1,14 @@
-"""What a run tells about itself: metrics.jsonl, the plot, and a tracker where one is wanted."""
+"""What a run leaves to read: metrics.jsonl, and the plot of it."""
 
-import io
 import json
 import math
 import sys
-import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from config import InputError
-from model import GPT
-from storygpt.checkpoint import BEST, FINAL, write_atomically
-from storygpt.cli import command_line, one_line, progress_bar
-from storygpt.device import peak_flops, peak_memory
-from storygpt.telling import tell
-
-METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
+from storygpt.files import save_figure, write_atomically
 
 
 def parse_metrics(text: bytes, path: Path) -> list[dict]:
@@ -110,138 +99,4 @@ def draw_loss_plot(metrics: list[dict], path: Path) -> None:
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats a token)", title="StoryGPT")
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
-
-
-def start_tracker(name: str, config: dict, run_id: str, directory: Path) -> Callable[[dict], None]:
-    """A callable that sends an entry of metrics.jsonl to `wandb` or `trackio`, or nowhere.
-
-    Both share one API. `run_id` is the run's own, so that a resumed run goes on under its name.
-    A tracker that fails later costs one warning and no more entries. Raises InputError where it is
-    not installed or cannot start.
-    """
-    if name == "none":
-        return lambda entry: None
-    try:
-        tracker = __import__(name)
-    except ImportError as error:
-        raise InputError(
-            f"--tracker {name} needs the package {name}: pip install {name}"
-        ) from error
-    try:
-        run = tracker.init(
-            project="storygpt", name=f"{directory.resolve().name}-{run_id}", config=config,
-            resume="allow", **({"id": run_id, "dir": str(directory)} if name == "wandb" else {}),
-        )  # fmt: skip
-    except Exception as error:
-        raise InputError(f"--tracker {name} cannot start: {one_line(error)}") from error
-    works = True
-
-    def track(entry: dict) -> None:
-        nonlocal works
-        if not works:
-            return
-        try:
-            run.log(entry, step=entry["step"])
-        except Exception as error:  # whatever decorates must never end a run
-            works = False
-            print(f"--tracker {name} has failed and is off: {one_line(error)}", file=sys.stderr)
-
-    return track
-
-
-class Log:
-    """Shows a run while it trains: bar, plot, samples, tracker.
-
-    What only decorates must never end a run: a failure costs a warning. `flops` are those of a
-    token on this device, one of several perhaps.
-    """
-
-    def __init__(
-        self,
-        metrics: list[dict],
-        step: int,
-        max_steps: int,
-        directory: Path,
-        track: Callable[[dict], None],
-        flops: float,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.metrics, self.plot, self.track = metrics, directory / PLOT, track
-        self.device, self.flops = device, flops
-        self.peak = peak_flops(device) if dtype != torch.float32 else None
-        self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
-        self.bar = progress_bar(total=max_steps, initial=step, unit="step")
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.attempt(self.bar.close)
-
-    def attempt(self, show: Callable, *arguments) -> None:
-        try:
-            show(*arguments)
-        except Exception as error:
-            print(f"could not show the run: {one_line(error)}", file=sys.stderr)
-
-    def add(self, entry: dict) -> None:
-        """Shows an entry of metrics.jsonl."""
-        self.metrics.append(entry)
-        self.attempt(self._show, entry)
-        self.attempt(self.track, entry)
-        if "val_loss" in entry:
-            self.attempt(draw_loss_plot, self.metrics, self.plot)
-
-    def _show(self, entry: dict) -> None:
-        step = entry["step"]
-        if step > 0:
-            speed = entry["tokens_per_second"]
-            shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
-            shown["epoch"] = f"{entry['epoch']:.2f}"
-            if self.peak:
-                shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
-        if step == self.first_step + 20:  # the speed has settled
-            recent = self.metrics[-10:]
-            seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
-            left = timedelta(seconds=round(seconds * (self.max_steps - step)))
-            self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
-        if "val_loss" in entry:
-            losses = f"val_loss {entry['val_loss']:.4f}"
-            if step > 0:
-                losses = f"train loss {entry['train_loss']:.4f}, {losses}"
-            self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}".rstrip())
-
-    def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
-        """Adds the first 60 tokens of a story, told from nothing."""
-        ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
-        entry["sample"] = " ".join(story.split())
-
-    def ending(self, status: int, best_val_loss: float, data_dir: Path, tracker: str) -> str:
-        """What to say at the end of the run, or where it stops with that exit status."""
-        made, speed = [e for e in self.metrics if e["step"] > self.first_step], "no step was left"
-        if made:
-            tokens = made[-1]["tokens"] * len(made) / made[-1]["step"]
-            rate = tokens / (time.monotonic() - self.start)
-            speed = f"{rate:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
-        if status:
-            flags = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
-            if tracker != "none":
-                flags["tracker"] = tracker
-            command = command_line("train.py", resume=True, **flags)
-            step = self.metrics[-1]["step"] if self.metrics else 0
-            return f"stopped after step {step:,} ({speed}); continue with: {command}"
-        directory = self.plot.parent
-        return (
-            f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
-            f"{directory / FINAL}, the curves in {self.plot}; {speed}"
-        )
-
-    def _in_memory(self) -> str:
-        most = peak_memory(self.device)
-        return f", {most / 1e9:.1f} GB of memory at the peak" if most else ""
+    save_figure(figure, path, dpi=120)

@@ -41,16 +41,6 @@ def kind_of(name: str) -> str:
     return kind if kind in KINDS and (unpacked == name or kind != ".parquet") else ""
 
 
-def refuse_pointers(paths: list[Path]) -> None:
-    """Raises InputError where git has left the pointer to a large file instead of the file."""
-    for path in paths:
-        with reading(path), path.open("rb") as file:
-            if file.read(60).startswith(b"version https://git-lfs.github.com/spec/"):
-                raise InputError(
-                    f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
-                )
-
-
 @contextmanager
 def reading(path) -> Iterator[None]:
     """Says in one sentence what is wrong with `path`, whatever library finds it."""

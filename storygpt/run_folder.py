@@ -1,35 +1,24 @@
 """A run and its folder: no other run writes there, nothing is overwritten, every file is whole."""
 
 import errno
-import math
 import os
 import re
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from config import GPTConfig, InputError, TrainingConfig
-from model import GPT
-from storygpt.checkpoint import (
-    BEST,
-    FINAL,
-    LATEST,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from storygpt.cli import writing
-from storygpt.metrics import METRICS, PLOT, append_metrics, read_metrics
-from storygpt.optimizer import Optimizer
+from config import MAY_CHANGE, GPTConfig, InputError, TrainingConfig
+from storygpt.checkpoint import load_checkpoint, save_checkpoint
+from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
+from storygpt.metrics import append_metrics, read_metrics
+from storygpt.state import check_resumable
 
 # What a file system without locks answers.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-# Fields that may differ when a run is resumed: they change when and where, not what.
-FREE_FIELDS = ("device", "compile", "save_minutes", "keep_interval")
 
 
 def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
@@ -40,78 +29,13 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
         )
 
 
-def step_name(step: int) -> str:
-    """The file that `--keep_interval` keeps of `step`."""
-    return f"StoryGPT_step_{step:06}.pt"
-
-
-@dataclass
-class TrainState:
-    """What changes while training."""
-
-    model: GPT
-    optimizer: Optimizer
-    step: int = 0
-    val_loss: float = math.inf
-    best_val_loss: float = math.inf
-    skipped_steps: int = 0
-    saved_step: int = 0
-
-    def weights(self, gpt: GPTConfig, training: TrainingConfig) -> dict:
-        """What every checkpoint holds."""
-        return {
-            "gpt_config": gpt,
-            "training_config": training,
-            "model_state_dict": self.model.state_dict(),
-            "step": self.step,
-            "val_loss": self.val_loss,
-        }
-
-    def rest(self) -> dict:
-        """What resuming needs beside them."""
-        numbers = {"best_val_loss": self.best_val_loss, "skipped_steps": self.skipped_steps}
-        return numbers | self.optimizer.state_dict()
-
-    def check(self, entry: dict, directory: Path, config: TrainingConfig) -> None:
-        """Raises InputError, before anything is saved, where training has gone wrong for good.
-
-        `entry` is what metrics.jsonl would say of the step.
-        """
-        loss, norm = entry.get("val_loss", entry.get("train_loss")), entry.get("grad_norm")
-        # A norm of exactly 0 is no minimum but gradients that got lost; None is a skipped step's.
-        learning = norm is None or (math.isfinite(norm) and norm > 0)
-        if math.isfinite(loss) and learning and not self.optimizer.collapsed:
-            return
-        good = f"the last good checkpoint is {directory / LATEST}"
-        raise InputError(
-            f"step {self.step} has a loss of {loss} and a gradient norm of {norm}; "
-            f"{good if self.saved_step else 'no step was saved'}. Likely causes: too high a "
-            f"--learning_rate ({config.learning_rate}), too few --warmup_steps "
-            f"({config.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
-        )
-
-    def load(self, checkpoint: dict, path: Path) -> None:
-        """Puts both back. Raises InputError where something is lacking or does not fit."""
-        load_weights(self.model, checkpoint["model_state_dict"], path)
-        try:
-            self.optimizer.load_state_dict(checkpoint)
-            for name in ("step", "val_loss", "best_val_loss", "skipped_steps"):
-                setattr(self, name, checkpoint[name])
-            self.saved_step = self.step
-        except Exception as error:  # load_state_dict raises whatever a foreign state runs into
-            raise InputError(
-                f"{path} cannot be resumed: its optimizer state does not fit its model; start "
-                "without --resume in another --checkpoint_dir"
-            ) from error
-
-
 class RunFolder:
     """One run's checkpoints and metrics on disk."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.writer, self.writing = ThreadPoolExecutor(1), Future()
-        self.writing.set_result(None)
+        self.writer, self.pending_save = ThreadPoolExecutor(1), Future()
+        self.pending_save.set_result(None)
 
     def unfinished(self) -> dict | None:
         """The checkpoint to go on from; None where no step was ever saved.
@@ -131,8 +55,7 @@ class RunFolder:
         """What was saved to go on from. Raises InputError where it cannot be read."""
         try:
             checkpoint = load_checkpoint(self.directory / LATEST)
-            if not {"data", "dtype"} <= checkpoint.keys():
-                raise InputError("it holds weights alone, or is of an older version")
+            check_resumable(checkpoint)
             return checkpoint
         except InputError as error:
             raise InputError(
@@ -152,7 +75,7 @@ class RunFolder:
         differences = [
             f"{name} was {before[name]} and is now {now[name]}"
             for name in before
-            if name not in FREE_FIELDS and before[name] != now[name]
+            if name not in MAY_CHANGE and before[name] != now[name]
         ]
         begun = resumed.get("init_from") or {}
         if origin and origin["sha256"] != begun.get("sha256"):
@@ -213,6 +136,7 @@ class RunFolder:
         for path in self.directory.iterdir():  # of a process killed while it was saving
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
+        # a run that saved no step begins anew: not even the line of step 0 is kept
         metrics = read_metrics(self.directory / METRICS, step or -1)
         (self.directory / METRICS).touch()
         return metrics
@@ -239,7 +163,7 @@ class RunFolder:
             )
         checkpoint = on_cpu(checkpoint)
         resume = on_cpu(resume) if LATEST in names else {}
-        self.writing = self.writer.submit(self._write, names, checkpoint, resume)
+        self.pending_save = self.writer.submit(self._write, names, checkpoint, resume)
 
     def _write(self, names: list[str], checkpoint: dict, resume: dict) -> None:
         with open(self.directory / METRICS, "rb") as file:
@@ -249,8 +173,8 @@ class RunFolder:
             save_checkpoint(self.directory / name, whole)
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises InputError where it could not be written."""
-        self.writing.result()
+        """Waits until what was saved is on disk. Raises InputError where that failed."""
+        self.pending_save.result()
 
 
 def on_cpu(value):

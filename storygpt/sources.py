@@ -16,6 +16,7 @@ from typing import NamedTuple
 from config import InputError
 from storygpt.builtin_stories import sample_stories
 from storygpt.cli import one_line
+from storygpt.files import refuse_pointers
 from storygpt.readers import (
     KINDS,
     ROWS,
@@ -25,7 +26,6 @@ from storygpt.readers import (
     kind_of,
     read_files,
     reading,
-    refuse_pointers,
 )
 from storygpt.tokenizer import END_OF_TEXT
 

@@ -25,6 +25,8 @@ RECIPE = {
     "min_lr": 0.001,
     "weight_decay": 0.2,
     "grad_clip": 1.0,
+    "beta1": 0.8,
+    "beta2": 0.9,
     "seed": 11,
 }
 
@@ -83,7 +85,7 @@ def test_ten_steps_equal_a_loop_of_torch_alone(optimizer, tolerance, script, dat
     decayed = tables if optimizer == "muon" else matrices + tables
     adamw = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
+        betas=(RECIPE["beta1"], RECIPE["beta2"]),
     )
     optimizers = [adamw]
     if optimizer == "muon":
@@ -110,6 +112,12 @@ def test_ten_steps_equal_a_loop_of_torch_alone(optimizer, tolerance, script, dat
                 group["lr"] = schedule(step)
             o.step()
     assert len(lines) == 10
+    held_out = np.fromfile(data_dir / "validation.bin", dtype="<u2").astype(np.int64)
+    windows = (len(held_out) - 1) // T  # of which three are read, evenly spread
+    starts = [i * windows // 3 * T for i in range(3)]
+    rows = torch.from_numpy(np.stack([held_out[s : s + T + 1] for s in starts]))
+    loss = F.cross_entropy(forward(w, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    assert lines[-1]["val_loss"] == pytest.approx(loss.item(), rel=tolerance)
     norms = [line["grad_norm"] for line in lines]
     assert min(norms) < 1 < max(norms)  # both sides of clipping
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GPTConfig, TrainingConfig
 from model import GPT, attention, written_out_attention
-from storygpt.device import autocast, peak_memory, pick_device
+from storygpt.device import autocast, peak_memory, use_device
 from storygpt.kernels import chunked_cross_entropy, speed_up_training
 from storygpt.optimizer import Optimizer
 
@@ -39,7 +39,7 @@ def train(script, data_dir, folder, *flags) -> list[dict]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_gradients_equal_eager_ones(dtype):
     model = small_gpt()
-    speed_up_training(model, pick_device(DEVICE))
+    speed_up_training(model, use_device(DEVICE))
     rows, gradients = torch.randint(301, (4, 33), device=DEVICE), []
     for forward in (model, torch.compile(model)):
         model.zero_grad()
@@ -120,10 +120,10 @@ def test_decoding_equals_reading_everything_anew():
 
 
 def test_a_step_of_the_reference_fits_in_five_gigabytes():
-    device = pick_device(DEVICE)
+    device = use_device(DEVICE)
     model = GPT(GPTConfig()).to(device).train()
     speed_up_training(model, device)
-    optimizer = Optimizer(model, TrainingConfig().with_learning_rates(512), device, torch.bfloat16)
+    optimizer = Optimizer(model, TrainingConfig().filled_in(512), device, torch.bfloat16)
     forward = torch.compile(model)
     rows = torch.randint(50257, (64, 257), device=device)
     torch.cuda.reset_peak_memory_stats()

@@ -18,7 +18,8 @@ from test_checkpoint import Stranger
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.builtin_stories import sample_stories
-from storygpt.checkpoint import BEST, load_checkpoint, load_model, load_start, save_checkpoint
+from storygpt.checkpoint import load_checkpoint, load_model, load_start, save_checkpoint
+from storygpt.files import BEST
 from storygpt.formats import tokenizer_files, write_folder, write_gguf
 from storygpt.tokenizer import load_tokenizer
 

@@ -117,6 +117,19 @@ def test_written_out_attention_equals_sdpa(is_causal, device):
     assert not is_causal or (weights.triu(1) == 0).all()
 
 
+def test_the_weights_of_a_layer_equal_transformers(device):
+    model, x = small_gpt(device), ids(device=device)
+    theirs = as_transformers(model)
+    theirs.set_attn_implementation("eager")  # SDPA keeps none
+    with torch.no_grad():
+        expected = theirs(x, output_attentions=True).attentions
+        for layer, weights in enumerate(expected):
+            assert torch.allclose(model.attention_weights(x, layer), weights, atol=1e-5)
+    assert len(expected) == 3 and expected[2].std() > 0.05
+    with pytest.raises(InputError, match="33 tokens do not fit context_length 32"):
+        model.attention_weights(ids(length=33, device=device), 0)
+
+
 def test_model_works_without_sdpa(monkeypatch):
     model, x = small_gpt(), ids()
     expected, _ = model(x)

@@ -9,7 +9,7 @@ import torch
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.optimizer import Optimizer, build_optimizers, build_schedule, parameter_groups
-from storygpt.run_folder import TrainState
+from storygpt.state import TrainState
 
 SHAPE = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
 CPU = torch.device("cpu")
@@ -147,9 +147,9 @@ def test_float16_does_what_float32_does_and_a_skipped_step_leaves_no_trace(name)
 def test_a_gradient_that_teaches_nothing_ends_the_run(norm, tmp_path):
     model = GPT(SHAPE)
     state = TrainState(model, Optimizer(model, recipe(), CPU, torch.float32))
-    state.check({"train_loss": 3.0, "grad_norm": 1e-6}, tmp_path, recipe())
+    state.stop_if_diverged({"train_loss": 3.0, "grad_norm": 1e-6}, tmp_path, recipe())
     with pytest.raises(InputError, match=f"a gradient norm of {norm}"):
-        state.check({"train_loss": 3.0, "grad_norm": norm}, tmp_path, recipe())
+        state.stop_if_diverged({"train_loss": 3.0, "grad_norm": norm}, tmp_path, recipe())
 
 
 def test_a_scale_that_has_collapsed_ends_the_run(tmp_path):
@@ -159,9 +159,9 @@ def test_a_scale_that_has_collapsed_ends_the_run(tmp_path):
     for _ in range(24):  # from 2**16 to 2**-8, which is low and no news
         optimizer.backward(loss_of(model) * math.inf)
         assert optimizer.step()[1]
-    state.check({"train_loss": 3.0, "grad_norm": None}, tmp_path, recipe())
+    state.stop_if_diverged({"train_loss": 3.0, "grad_norm": None}, tmp_path, recipe())
     for _ in range(8):
         optimizer.backward(loss_of(model) * math.inf)
         optimizer.step()
     with pytest.raises(InputError, match="try bfloat16 or float32"):
-        state.check({"train_loss": 3.0, "grad_norm": None}, tmp_path, recipe())
+        state.stop_if_diverged({"train_loss": 3.0, "grad_norm": None}, tmp_path, recipe())

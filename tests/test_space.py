@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.formats import tokenizer_files
-from storygpt.telling import tell
+from storygpt.generation import GenerationSettings, generate_stories
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -249,7 +249,8 @@ def test_odd_input_is_answered_and_the_server_lives(space):
         "👩‍👩‍👧‍👦 日本\u2028\0",
         "<|endoftext|>",
     ):
-        expected = tell(space.model, prompt, [1337], 60)[0][0]
+        settings = GenerationSettings(max_new_tokens=60)
+        expected = generate_stories(space.model, prompt, [1337], settings)[0].text
         assert stories(ask(client, prompt)) == [expected], prompt
     long = client.submit("Once", 1337, 4, 1000, 0.8, 100, 1, api_name="/tell")
     assert stories(ask(client, "Once", *SETTINGS[:2], 1, *SETTINGS[3:])) and not long.done()
@@ -278,14 +279,16 @@ def test_every_setting_is_that_of_generate(app, teller):
     answers, model = app.Answers(teller), teller.model
     settings = (25, 1.3, 9, 0.7)  # length, temperature, top-k, top-p
     *_, (html, told) = answers.tell("One day", "7", 3, *settings)
-    expected = tell(model, "One day", [7, 8, 9], *settings)
+    expected = generate_stories(model, "One day", [7, 8, 9], GenerationSettings(*settings))
     assert stories(html) == [text for text, _ in expected] and [s.seed for s in told] == [7, 8, 9]
     for i, other in enumerate((24, 0.8, 2, 0.1)):
         changed = (*settings[:i], other, *settings[i + 1 :])
-        assert tell(model, "One day", [7, 8, 9], *changed) != expected
+        others = generate_stories(model, "One day", [7, 8, 9], GenerationSettings(*changed))
+        assert others != expected
     assert answers.next_seed("7", 3) == "10" and answers.next_seed("x", 3) == "x"
     *_, (html, _) = answers.tell("One day", "7", 1, 25, 1.3, 0, 1)  # all tokens
-    assert stories(html) == [tell(model, "One day", [7], 25, 1.3, None)[0][0]]
+    unlimited = GenerationSettings(max_new_tokens=25, temperature=1.3, top_k=None)
+    assert stories(html) == [generate_stories(model, "One day", [7], unlimited)[0].text]
     *_, (_, told) = answers.tell("One day", "7", 4, 400, 1.3, 0, 1)
     assert len({len(story.ids) for story in told}) > 1  # some end before others
     for story in told:
@@ -365,6 +368,12 @@ def test_what_is_said_of_a_choice(app, teller):
     assert kinds == ["first", "given", "told", "told", "told"]
 
 
+def test_a_model_published_by_an_older_version_is_shown_without_its_heads(app, teller, monkeypatch):
+    monkeypatch.delattr(GPT, "attention_weights")
+    html = app.Answers(teller).detail(app.Story(7, 2, [5, 6, 7, 8]), 3, "2")
+    assert "publish this model again" in html and html.count("<li") >= 10
+
+
 def test_the_story_that_is_asked_for_is_opened_and_an_open_one_stays(app, teller):
     answers = app.Answers(teller)
     *_, (_, told) = answers.tell("One day", "7", 3, 5, 0.8, 100, 1)
@@ -440,7 +449,10 @@ class Visitor:
 def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space, browser):
     visitor = Visitor(browser, space.url)
     starts = ("The dog ran", "One day", "Once upon", "She saw", "A big", "Tom said")
-    endless = next(p for p in starts if not tell(space.model, p, [1337], 1000, 0)[0][1])
+    greedy = GenerationSettings(max_new_tokens=1000, temperature=0)
+    endless = next(
+        p for p in starts if not generate_stories(space.model, p, [1337], greedy)[0].ended
+    )
     visitor.type("How the story begins", endless)
     visitor.run("document.querySelector('.label-wrap').click()")
     visitor.type("Length", "1000")
@@ -471,7 +483,8 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
     visitor.type("Seed", "7")
     visitor.tell(7)
     story = visitor.text("article p")
-    assert [story] == [told for told, _ in tell(space.model, "The dog ran", [7], 40)]
+    settings = GenerationSettings(max_new_tokens=40)
+    assert story == generate_stories(space.model, "The dog ran", [7], settings)[0].text
     visitor.click("article button")
     until(lambda: visitor.all(".bars li"))
     pieces = [e.get_property("textContent") for e in visitor.all(".tokens [role=option]")]

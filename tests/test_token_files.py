@@ -10,105 +10,12 @@ from storygpt.token_files import (
     SplitWriter,
     bits_per_byte,
     data_fingerprint,
-    epoch_layout,
-    epoch_order,
     install,
     load_meta,
     load_tokens,
-    training_batch,
-    training_starts,
-    validation_starts,
-    windows,
 )
 
 TOKENS = np.arange(1000, dtype="<u2")
-
-
-def test_targets_are_the_next_tokens():
-    x, y = windows(TOKENS, np.array([0, 5, 990]), 9)
-    assert x.dtype == y.dtype == np.int64 and x.flags.c_contiguous and y.flags.c_contiguous
-    assert x.tolist() == [list(range(s, s + 9)) for s in (0, 5, 990)]
-    assert np.array_equal(y, x + 1)
-
-
-def targets_of_an_epoch(num_tokens: int, length: int, epoch: int) -> np.ndarray:
-    """How often each position is a target in all windows of one epoch, drawn as one step."""
-    num_windows, _ = epoch_layout(num_tokens, length)
-    tokens = np.arange(num_tokens, dtype="<u2")
-    _, y = training_batch(tokens, 3, epoch + 1, range(num_windows), num_windows, length)
-    return np.bincount(y.flatten(), minlength=num_tokens)
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 16, 64])
-def test_each_token_is_a_target_once_an_epoch_but_for_less_than_a_window_at_either_end(length):
-    for num_tokens in (
-        length + 1,
-        2 * length,
-        2 * length + 1,
-        5 * length,
-        *range(300, 300 + length),
-    ):
-        firsts = []
-        for epoch in range(3):
-            counts = targets_of_an_epoch(num_tokens, length, epoch)
-            seen = np.flatnonzero(counts)
-            assert (counts[seen[0] : seen[-1] + 1] == 1).all()
-            assert seen[0] - 1 < length  # the first token of all can be no target
-            assert num_tokens - 1 - seen[-1] < length
-            firsts.append(seen[0])
-        if num_tokens > 2 * length and length > 2:
-            assert firsts[0] != firsts[1] != firsts[2]  # another offset each time
-
-
-def test_two_epochs_in_steps_that_cross_them():
-    tokens = np.arange(1000, dtype="<u2")
-    num_windows, _ = epoch_layout(1000, 16)
-    assert num_windows % 8 and 2 * num_windows % 8  # both epochs end within a step
-    steps = range(1, 2 * num_windows // 8 + 2)
-    rows = np.concatenate([training_batch(tokens, 3, s, range(8), 8, 16)[1] for s in steps])
-    counts = np.bincount(rows[: 2 * num_windows].flatten(), minlength=1000)
-    assert set(counts[17:-17]) == {2} and counts.max() == 2
-    assert len(np.unique(rows[:num_windows], axis=0)) == num_windows
-    first, second = rows[:num_windows, 0], rows[num_windows : 2 * num_windows, 0]
-    assert not np.array_equal(first // 16, second // 16)  # another order
-    assert not np.array_equal(np.sort(first), first)
-
-
-def test_any_number_of_processes_draws_the_batches_of_one():
-    for step in (1, 7, 8, 100):
-        whole = training_batch(TOKENS, 7, step, range(12), 12, 16)
-        for processes in (2, 4):
-            own = 12 // processes
-            parts = [
-                training_batch(TOKENS, 7, step, range(i, i + own), 12, 16)
-                for i in reversed(range(0, 12, own))
-            ]
-            for i in (0, 1):
-                assert np.array_equal(np.concatenate([part[i] for part in parts[::-1]]), whole[i])
-        assert not np.array_equal(whole[0], training_batch(TOKENS, 8, step, range(12), 12, 16)[0])
-
-
-@pytest.mark.parametrize("share", [0.25, 1.0])
-def test_a_share_of_the_windows_is_moved_back_to_where_its_story_starts(share):
-    tokens = np.random.default_rng(0).integers(0, 40, 20_000).astype("<u2")  # 0 ends a story
-    ends = np.flatnonzero(tokens == 0)
-    plain = training_starts(20_000, 5, 3, range(300), 300, 16)
-    x, y = training_batch(tokens, 5, 3, range(300), 300, 16, ends, share)
-    places = {tokens[i : i + 17].tobytes(): i for i in range(20_000 - 16)}
-    rows = np.concatenate((x, y[:, -1:]), 1).astype("<u2")
-    starts = np.array([places[row.tobytes()] for row in rows])
-    moved, behind = 0, 0
-    for start, was in zip(starts, plain, strict=True):
-        if start != was:
-            (between,) = np.nonzero(tokens[start : was + 1] == 0)  # no other story between
-            assert between.tolist() in ([0], []) and (
-                start == 0 or 0 in tokens[start - 1 : start + 1]
-            )
-            moved, behind = moved + 1, behind + (tokens[start] != 0)
-    assert abs(moved / 300 - share) < 0.1 and abs(behind / moved - 0.5) < 0.15
-    parts = [training_batch(tokens, 5, 3, range(i, i + 100), 300, 16, ends, share)[0]
-             for i in (0, 100, 200)]  # fmt: skip
-    assert np.array_equal(np.concatenate(parts), x)
 
 
 def test_data_is_known_by_what_it_holds():
@@ -133,20 +40,6 @@ def test_files_are_read_whole_by_those_alone_who_verify(data_dir, tmp_path):
     assert len(load_tokens(tmp_path / "data", "train", meta, 64, verify=False)) > 1_000_000
     with pytest.raises(InputError, match="checksum differs"):
         load_tokens(tmp_path / "data", "train", meta, 64)
-
-
-def test_the_order_of_an_epoch_is_kept_in_four_bytes_a_window():
-    _, order = epoch_order(100_000, 64, seed=1, epoch=5)
-    assert order.nbytes == 400_000 and np.array_equal(np.sort(order), np.arange(100_000))
-
-
-def test_validation_windows_are_spread_and_do_not_overlap():
-    for length, most in ((100, 3), (100, 1000), (999, 1), (7, 40)):
-        starts = validation_starts(TOKENS, length, most)
-        assert len(starts) == min(most, 999 // length)
-        assert starts[0] == 0 and starts[-1] + length < len(TOKENS)
-        assert (np.diff(starts) >= length).all()
-        assert len(starts) == 1 or starts[-1] >= (len(TOKENS) - 1) * (1 - 2 / len(starts))
 
 
 def change_meta(folder, edit):

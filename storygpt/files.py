@@ -1,0 +1,89 @@
+"""Files: their names, and writing them whole or not at all."""
+
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from config import InputError
+
+# A run's folder holds these, and StoryGPT_step_005000.pt for each step that --keep_interval keeps.
+BEST, FINAL, LATEST = (f"StoryGPT_{name}.pt" for name in ("best", "final", "latest"))
+METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
+EVALUATION = "evaluation.json"  # where the model card looks for what evaluate.py measured
+META = "meta.json"  # of a data folder
+
+
+def step_name(step: int) -> str:
+    """Names the file that `--keep_interval` keeps of `step`."""
+    return f"StoryGPT_step_{step:06}.pt"
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Says in an InputError that `path` could not be written, and what mends that."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): {remedy}"
+        ) from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Lets `write` fill a temporary file, then renames it to `path`: no reader sees half a file.
+
+    Raises InputError where the disk is full or the folder cannot be written; an older `path`
+    stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
+            raise error.__context__ from None  # torch.save complains of the file a Ctrl-C cut short
+        if isinstance(error, OSError | RuntimeError):  # torch.save turns a full disk into either
+            kept = ", and the one before it is kept" if path.exists() else ""
+            reason = getattr(error, "strerror", None) or "the disk is full or the file too large"
+            raise InputError(
+                f"{path} cannot be written ({reason}){kept}: free some space or pass another folder"
+            ) from error
+        raise
+    if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # not every file system can do that
+            os.fsync(folder)
+        os.close(folder)
+
+
+def save_figure(figure, path: Path, dpi: int) -> None:
+    """Writes a matplotlib figure as a PNG. Raises InputError as `write_atomically` does."""
+    image = io.BytesIO()
+    # without the version of matplotlib, so that the same picture is the same file
+    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
+    write_atomically(path, lambda file: file.write(image.getvalue()))
+
+
+def refuse_pointers(paths: list[Path]) -> None:
+    """Raises InputError where git has left the pointer to a large file instead of the file, or one
+    cannot be read."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                start = file.read(60)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        if start.startswith(b"version https://git-lfs.github.com/spec/"):
+            raise InputError(
+                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
+            )

@@ -1,0 +1,167 @@
+"""What a run shows while it trains: bar, plot, samples, and a tracker where one is wanted."""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from config import InputError
+from model import GPT
+from storygpt.cli import command_line, one_line, progress_bar
+from storygpt.device import peak_flops, peak_memory
+from storygpt.files import BEST, FINAL, PLOT
+from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.metrics import draw_loss_plot
+
+Tracker = Literal["none", "wandb", "trackio"]
+
+
+def start_tracker(
+    name: Tracker, settings: dict, run_id: str, directory: Path
+) -> Callable[[dict], None]:
+    """Returns a callable that sends an entry of metrics.jsonl to `wandb` or `trackio`, or nowhere.
+
+    `run_id` is the run's own, so that a resumed run goes on under its name.
+    A tracker that fails later costs one warning and no more entries. Raises InputError where it is
+    not installed or cannot start.
+    """
+    if name == "none":
+        return lambda entry: None
+    try:
+        tracker = __import__(name)
+    except ImportError as error:
+        raise InputError(
+            f"--tracker {name} needs the package {name}: pip install {name}"
+        ) from error
+    try:
+        # Both share one API, but trackio knows a run by its name alone and keeps all elsewhere.
+        options = {"id": run_id, "dir": str(directory)} if name == "wandb" else {}
+        run_name = f"{directory.resolve().name}-{run_id}"
+        run = tracker.init(
+            project="storygpt", name=run_name, config=settings, resume="allow", **options
+        )
+    except Exception as error:
+        raise InputError(f"--tracker {name} cannot start: {one_line(error)}") from error
+    works = True
+
+    def track(entry: dict) -> None:
+        nonlocal works
+        if not works:
+            return
+        try:
+            run.log(entry, step=entry["step"])
+        except Exception as error:  # whatever decorates must never end a run
+            works = False
+            print(f"--tracker {name} has failed and is off: {one_line(error)}", file=sys.stderr)
+
+    return track
+
+
+class Log:
+    """Shows a run while it trains: bar, plot, samples, tracker.
+
+    What only decorates must never end a run: a failure costs a warning.
+    """
+
+    def __init__(
+        self,
+        metrics: list[dict],
+        step: int,
+        max_steps: int,
+        directory: Path,
+        track: Callable[[dict], None],
+        flops: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """`metrics` are the lines of the run so far, up to `step`; `flops` those of training on a
+        token on this device, which may be one of several."""
+        self.metrics, self.plot, self.track = metrics, directory / PLOT, track
+        self.device, self.flops = device, flops
+        self.peak = peak_flops(device) if dtype != torch.float32 else None
+        self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
+        self.bar = progress_bar(total=max_steps, initial=step, unit="step")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._attempt(self.bar.close)
+
+    def _attempt(self, show: Callable, *arguments) -> None:
+        try:
+            show(*arguments)
+        except Exception as error:
+            print(f"could not show the run: {one_line(error)}", file=sys.stderr)
+
+    def add(self, entry: dict) -> None:
+        """Shows an entry of metrics.jsonl."""
+        self.metrics.append(entry)
+        self._attempt(self._show, entry)
+        self._attempt(self.track, entry)
+        if "val_loss" in entry:
+            self._attempt(draw_loss_plot, self.metrics, self.plot)
+
+    def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
+        """Adds the first 60 tokens of a story, generated from nothing, to an entry."""
+        self._attempt(self._add_sample, entry, model, seed)
+
+    def _add_sample(self, entry: dict, model: GPT, seed: int) -> None:
+        settings = GenerationSettings(max_new_tokens=60)
+        ((story, _),) = generate_stories(model, "", [seed], settings)
+        entry["sample"] = " ".join(story.split())
+
+    def _show(self, entry: dict) -> None:
+        step = entry["step"]
+        if step > 0:
+            speed = entry["tokens_per_second"]
+            shown = {"loss": f"{entry['train_loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+            shown["epoch"] = f"{entry['epoch']:.2f}"
+            if self.peak:
+                shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+        if step == self.first_step + 20:  # the speed has settled
+            recent = self.metrics[-10:]
+            seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
+            left = timedelta(seconds=round(seconds * (self.max_steps - step)))
+            self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
+        if "val_loss" in entry:
+            losses = f"val_loss {entry['val_loss']:.4f}"
+            if step > 0:
+                losses = f"train loss {entry['train_loss']:.4f}, {losses}"
+            self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}".rstrip())
+
+    def finished(self, best_val_loss: float) -> str:
+        """Says what a run that has made its last step leaves."""
+        directory = self.plot.parent
+        return (
+            f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
+            f"{directory / FINAL}, the curves in {self.plot}; {self._speed()}"
+        )
+
+    def stopped(self, data_dir: Path, tracker: str) -> str:
+        """Says how a run that has more steps to make goes on."""
+        flags = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
+        if tracker != "none":
+            flags["tracker"] = tracker
+        command = command_line("train.py", resume=True, **flags)
+        step = self.metrics[-1]["step"] if self.metrics else 0
+        return f"stopped after step {step:,} ({self._speed()}); continue with: {command}"
+
+    def _speed(self) -> str:
+        made = [entry for entry in self.metrics if entry["step"] > self.first_step]
+        if not made:
+            return "no step was left"
+        tokens = made[-1]["tokens"] * len(made) / made[-1]["step"]
+        speed = tokens / (time.monotonic() - self.start)
+        return f"{speed:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
+
+    def _in_memory(self) -> str:
+        most = peak_memory(self.device)
+        return f", {most / 1e9:.1f} GB of memory at the peak" if most else ""

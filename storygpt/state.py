@@ -1,0 +1,101 @@
+"""What changes while training, and what StoryGPT_latest.pt holds, written and read side by side."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from config import GPTConfig, InputError, TrainingConfig
+from model import GPT
+from storygpt.checkpoint import load_weights
+from storygpt.files import LATEST
+from storygpt.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run keeps for good, beside its settings."""
+
+    data: str
+    """Fingerprint of the data (`token_files.data_fingerprint`)."""
+    dtype: str
+    """Precision of the matrix products, as in `float32`."""
+    run_id: str
+    """The run's name for a tracker, if it ever had one; else empty."""
+    init_from: dict | None
+    """The origin of the weights it started from (`checkpoint.Start.origin`)."""
+
+
+@dataclass
+class TrainState:
+    """What changes while training."""
+
+    model: GPT
+    optimizer: Optimizer
+    step: int = 0
+    val_loss: float = math.inf
+    """Of the weights as they are now; infinite where they were not evaluated."""
+    best_val_loss: float = math.inf
+    skipped_steps: int = 0
+    saved_step: int = 0
+
+    def checkpoint(self, gpt: GPTConfig, training: TrainingConfig, facts: RunFacts) -> dict:
+        """Returns what every checkpoint holds."""
+        return {
+            "gpt_config": gpt,
+            "training_config": training,
+            "model_state_dict": self.model.state_dict(),
+            "step": self.step,
+            "val_loss": self.val_loss,
+            "init_from": facts.init_from,
+        }
+
+    def resume_state(self, facts: RunFacts) -> dict:
+        """Returns what StoryGPT_latest.pt holds beside it."""
+        return {
+            "best_val_loss": self.best_val_loss,
+            "skipped_steps": self.skipped_steps,
+            **asdict(facts),
+            **self.optimizer.state_dict(),
+        }
+
+    def load(self, latest: dict, path: Path) -> None:
+        """Goes on from a StoryGPT_latest.pt read from `path`.
+
+        Raises InputError where something is lacking or does not fit.
+        """
+        load_weights(self.model, latest["model_state_dict"], path)
+        try:
+            self.optimizer.load_state_dict(latest)
+            self.step, self.saved_step = latest["step"], latest["step"]
+            self.val_loss = latest["val_loss"]
+            self.best_val_loss = latest["best_val_loss"]
+            self.skipped_steps = latest["skipped_steps"]
+        except Exception as error:  # load_state_dict raises whatever a foreign state runs into
+            raise InputError(
+                f"{path} cannot be resumed: its optimizer state does not fit its model; start "
+                "without --resume in another --checkpoint_dir"
+            ) from error
+
+    def stop_if_diverged(self, entry: dict, directory: Path, config: TrainingConfig) -> None:
+        """Raises InputError, before anything is saved, where training has gone wrong for good.
+
+        `entry` is what metrics.jsonl would say of the step.
+        """
+        loss, norm = entry.get("val_loss", entry.get("train_loss")), entry.get("grad_norm")
+        # A norm of exactly 0 is no minimum but gradients that got lost; None is a skipped step's.
+        learning = norm is None or (math.isfinite(norm) and norm > 0)
+        if math.isfinite(loss) and learning and not self.optimizer.collapsed:
+            return
+        good = f"the last good checkpoint is {directory / LATEST}"
+        raise InputError(
+            f"step {self.step} has a loss of {loss} and a gradient norm of {norm}; "
+            f"{good if self.saved_step else 'no step was saved'}. Likely causes: too high a "
+            f"--learning_rate ({config.learning_rate}), too few --warmup_steps "
+            f"({config.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
+        )
+
+
+def check_resumable(checkpoint: dict) -> None:
+    """Raises InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
+    if not {"data", "dtype"} <= checkpoint.keys():
+        raise InputError("it holds weights alone, or is of an older version")
