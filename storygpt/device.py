@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,23 +35,92 @@ PEAK_FLOPS = {
 def use_device(name: str = "auto") -> torch.device:
     """Returns the named device, or for `auto` the first of cuda, mps and cpu.
 
-    Also makes it torch's current device. Raises InputError where it is not to be had here.
+    Also makes it torch's current device. Raises InputError where it is not to be had here, and
+    where there is an NVIDIA GPU that this torch cannot use.
     """
     found = ["cpu"]
     if torch.backends.mps.is_available():
         found.insert(0, "mps")
     if torch.cuda.is_available():
         found.insert(0, "cuda")
+    elif name == "auto" or name.startswith("cuda"):
+        check_driver()
     try:
         device = torch.device(found[0] if name == "auto" else name)
     except RuntimeError as error:
         raise InputError(f"{name!r} is no device: pass --device {found[0]}") from error
     if device.type not in found or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(f"there is no device {name} here: pass --device {found[0]}")
-    if device.type == "cuda":  # kernels and memory that name no device go to the current one
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        check_architecture(device)
+        torch.cuda.set_device(device)  # kernels and memory that name no device go there
         torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
     return device
+
+
+# The oldest NVIDIA driver for each major version of CUDA, from NVIDIA's compatibility tables.
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+
+
+def check_driver() -> None:
+    """Raises InputError where torch has no CUDA but the driver has a GPU: training on the CPU
+    instead would take weeks."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or torch.version.hip or not shutil.which("nvidia-smi"):
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    found = re.match(r"((\d+)[.\d]*), (.+)", answer.stdout)
+    if not found:
+        return
+    driver, major, gpu = found[1], int(found[2]), found[3]
+    cuda = torch.version.cuda
+    needed = OLDEST_DRIVER.get(cuda.split(".")[0], 0) if cuda else 0
+    build = "cu130" if major >= OLDEST_DRIVER["13"] else "cu126"
+    if not cuda:
+        what = "is built for CPUs alone"
+    elif major < needed:
+        what = f"is built for CUDA {cuda}, which needs a driver of {needed} or newer"
+    else:
+        what, build = f"cannot start its CUDA {cuda}", None
+    if not build:
+        mend = "python -c 'import torch; torch.cuda.init()' says why"
+    elif major < OLDEST_DRIVER["12"]:
+        mend = f"update the driver to {OLDEST_DRIVER['13']} or newer"
+    else:
+        mend = install_torch(build)
+    raise InputError(
+        f"there is a GPU here ({gpu}, driver {driver}), but torch {torch.__version__} {what}: "
+        f"{mend}; or pass --device cpu to do without"
+    )
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raises InputError where this torch has no kernels for the GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    own = 10 * major + minor
+    known = re.findall(r"(sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
+    for kind, number in known:
+        # Kernels run on their own generation; what a driver compiles itself, on all later ones.
+        if int(number) <= own and (kind == "compute" or int(number) // 10 == major):
+            return
+    if known:
+        older = own < min(int(number) for _, number in known)
+        raise InputError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)}, "
+            f"sm_{own}, but for {', '.join(torch.cuda.get_arch_list())}: "
+            f"{install_torch('cu126' if older else 'cu130')}; or pass --device cpu to do without"
+        )
+
+
+def install_torch(build: str) -> str:
+    """Returns the command that installs PyTorch's own build for a version of CUDA, as in cu126."""
+    return (
+        f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+    )
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
