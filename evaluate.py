@@ -66,7 +66,7 @@ class Arguments:
     """Seed of the stories and intervals; the loss needs none."""
 
     def settings(self, max_new_tokens: int) -> GenerationSettings:
-        """Say how to generate stories of at most so many tokens."""
+        """Says how to generate stories of at most so many tokens."""
         return GenerationSettings(
             max_new_tokens=max_new_tokens,
             temperature=self.temperature,
@@ -76,7 +76,7 @@ class Arguments:
 
 
 def check(arguments: Arguments) -> None:
-    """Raise InputError with the first flag that is out of range."""
+    """Raises InputError with the first flag that is out of range."""
     check_whole("batch_size", arguments.batch_size, 1)
     check_whole("num_stories", arguments.num_stories, 0, 10_000)
     check_whole("seed", arguments.seed, 0, 2**63 - 10_001)
@@ -91,7 +91,7 @@ def check(arguments: Arguments) -> None:
 
 
 def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dict:
-    """Return the losses on all of a split. Raises InputError where they are no numbers."""
+    """Returns the losses on all of a split. Raises InputError where they are no numbers."""
     counts, end_of_text = meta["splits"][arguments.split], meta["end_of_text"]
     context_length = model.config.context_length
     tokens = load_tokens(arguments.data_dir, arguments.split, meta, context_length)
@@ -118,7 +118,7 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
 
 
 def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
-    """Return how the model's stories read beside held-out ones. Raises InputError."""
+    """Returns how the model's stories read beside held-out ones. Raises InputError."""
     context_length = model.config.context_length
     held_out = load_tokens(arguments.data_dir, "validation", meta, context_length)
     train = load_tokens(arguments.data_dir, "train", meta, 1, verify=False)

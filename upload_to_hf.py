@@ -143,7 +143,7 @@ def fill(template: str, **values) -> str:
 
 
 def read_report(path: Path, step: int, data: str) -> dict:
-    """Read what evaluate.py wrote of the weights of `step` and the data with that fingerprint.
+    """Reads what evaluate.py wrote of the weights of `step` and the data with that fingerprint.
 
     Empty where it wrote nothing to `path`, or of others.
     """

@@ -38,19 +38,19 @@ class GeneratedStory(NamedTuple):
 
 
 def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
-    """Give the ids of `prompt`; a story from nothing begins after an end-of-text."""
+    """Returns the ids of `prompt`; a story from nothing begins after an end-of-text."""
     return tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
 
 
 def generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """Make a generator a story, so that none depends on how many are generated beside it."""
+    """Makes a generator a story, so that none depends on how many are generated beside it."""
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def generate_stories(
     model: GPT, prompt: str, seeds: Sequence[int], settings: GenerationSettings = DEFAULTS
 ) -> list[GeneratedStory]:
-    """Generate a story that begins with `prompt` for each of `seeds`.
+    """Generates a story that begins with `prompt` for each of `seeds`.
 
     They are those of `generate.py --seed SEED` on the same device. Raises InputError as
     `GPT.stream` does.
@@ -73,7 +73,7 @@ def generate_stories(
 def generate_ids(
     model: GPT, starts: Sequence[Sequence[int]], seed: int, settings: GenerationSettings
 ) -> list[list[int]]:
-    """Continue each of `starts`, ids each; return starts and continuations, in their order.
+    """Continues each of `starts`, lists of ids; returns each with its continuation.
 
     Starts of one length go side by side. One generator draws for all, which is quicker than one
     each: a story depends on the others.

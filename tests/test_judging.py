@@ -181,7 +181,7 @@ def test_copies_are_those_that_trying_all_finds(symbols, monkeypatch):
 def test_a_training_split_shorter_than_a_run_has_no_copies():
     search = CopySearch([np.arange(30), np.array([], int)], LENGTHS)
     search.scan(np.arange(5, dtype="<u2"))
-    assert same(search.share(12), [0, NAN]) and search.longest_run().tolist() == [0, 1, 2, 3, 4]
+    assert same(search.share(12), [0, NAN]) and len(search.longest_run()) == 0
 
 
 def test_no_copies_in_shuffled_text():
@@ -189,7 +189,7 @@ def test_no_copies_in_shuffled_text():
     train = np.array(TOKENIZER.encode_ordinary(" ".join(sample_stories(200))), "<u2")
     search = CopySearch([rng.permutation(train[:5_000])], LENGTHS)
     search.scan(train)
-    assert search.share(12)[0] == 0 and search.longest < 12
+    assert search.share(12)[0] == 0 and search.longest == 0 and len(search.longest_run()) == 0
 
 
 # --- Each story's loss ---

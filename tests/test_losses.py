@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from config import GPTConfig
 from model import GPT
-from storygpt.losses import estimate_loss
+from storygpt.losses import all_windows, estimate_loss
 
 
 def test_a_ragged_last_batch_counts_by_its_windows():
@@ -17,3 +17,14 @@ def test_a_ragged_last_batch_counts_by_its_windows():
     x, y = (torch.from_numpy(tokens[i:][: 7 * 16].astype(np.int64)).view(7, 16) for i in (0, 1))
     expected = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_token_is_a_target_once():
+    for number in (5, 16, 17, 100, 161):
+        tokens = np.arange(1, number + 1, dtype="<u2")
+        targets = []
+        for x, y in all_windows(tokens, 0, 16, 3):
+            assert x.shape == y.shape and x.shape[1] <= 16
+            assert np.array_equal(x + 1, y)  # 0, the end-of-text, comes before the first token
+            targets += y.flatten().tolist()
+        assert targets == tokens.tolist()

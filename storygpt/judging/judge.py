@@ -36,8 +36,8 @@ def collect_stories(
     settings: GenerationSettings,
     seed: int,
 ) -> dict[str, list[Story]]:
-    """Pick `num_stories` of the `held_out` ones, (tokens,) ids each; generate as many from nothing,
-    and as many from the first sentences of those. Return the sets by their titles.
+    """Picks `num_stories` of the `held_out` ones, (tokens,) ids each, and generates as many from
+    nothing, and as many from the first sentences of those; returns the sets by their titles.
 
     Each story goes as far as the model's context. Raises InputError where so many are not held out.
     """
@@ -73,31 +73,30 @@ def judge_stories(
     builtin: bool,
     seed: int,
 ) -> dict[str, dict]:
-    """Measure each of `sets`, by their titles: {"columns": {title: {name of a row: its numbers}},
-    "longest_copy": {title: its tokens and text}}, the longest run that it shares with `train`.
+    """Measures all `sets`, and finds the longest run of tokens that each shares with `train`.
 
-    `train` are the (tokens,) ids of the training split; `builtin` says that they are of the
-    built-in stories, whose hero and object are known.
+    Returns {"columns": {title: {name of a row: its numbers}}, "longest_copy": {title: its number
+    of tokens and its text}}. `train` are the (tokens,) ids of the training split; `builtin` says
+    that they are of the built-in stories, whose hero and object are known.
     """
     tokenizer = load_tokenizer(model.config.vocab_size)
     names = find_names(tokenizer.decode(train[:NAMES_FROM].tolist()))
     searches = search_copies(sets, train)
     columns, longest = {}, {}
     for title, stories in sets.items():
-        values = read_measures(stories, names)
-        values |= {f"copied_{n}": searches[title].share(n) for n in LENGTHS}
-        values["loss"] = own_loss(stories, model, tokenizer, batch_size)
+        column = read_measures(stories, names)
+        column |= {f"copied_{n}": searches[title].share(n) for n in LENGTHS}
+        column["loss"] = own_loss(stories, model, tokenizer, batch_size)
         if builtin:
-            kept = [story.ended and keeps_hero_and_object(story.text) for story in stories]
-            values["keeps"] = np.array(kept, float)
-        columns[title] = {name: summarize(name, x, seed) for name, x in values.items()}
+            column["keeps"] = keeps(stories)
+        columns[title] = {name: summarize(name, values, seed) for name, values in column.items()}
         run = searches[title].longest_run()
         longest[title] = {"tokens": len(run), "text": tokenizer.decode(run.tolist())}
     return {"columns": columns, "longest_copy": longest}
 
 
 def search_copies(sets: dict[str, list[Story]], train: np.ndarray) -> dict[str, CopySearch]:
-    """Look through `train` once for what all `sets` have from there."""
+    """Looks through `train` once, for what any of `sets` has from there."""
     searches = {
         title: CopySearch([story.ids for story in stories], LENGTHS)
         for title, stories in sets.items()
@@ -111,10 +110,16 @@ def search_copies(sets: dict[str, list[Story]], train: np.ndarray) -> dict[str, 
     return searches
 
 
+def keeps(stories: Sequence[Story]) -> np.ndarray:
+    """Returns 1 for a built-in story that ended, with its hero and object: (stories,) float64."""
+    kept = [story.ended and keeps_hero_and_object(story.text) for story in stories]
+    return np.array(kept, float)
+
+
 def own_loss(
     stories: Sequence[Story], model: GPT, tokenizer: tiktoken.Encoding, batch_size: int
 ) -> np.ndarray:
-    """Give the bits a byte of each story alone: (stories,) float64, NaN for an empty one."""
+    """Returns the bits a byte of each story alone: (stories,) float64, NaN for an empty one."""
     nats = story_losses(
         logits_of(model),
         [story.ids for story in stories],

@@ -34,7 +34,7 @@ class Story:
 
 
 def read_story(ids: Sequence[int], tokenizer: tiktoken.Encoding, most: int) -> Story:
-    """Make a story of `ids`, cut to `most` tokens; it ended where an end-of-text is among them."""
+    """Makes a story of `ids`, cut to `most` tokens; it ended where an end-of-text is among them."""
     ids = [int(i) for i in ids[:most]]
     ended = tokenizer.eot_token in ids
     ids = ids[: ids.index(tokenizer.eot_token)] if ended else ids
@@ -45,14 +45,14 @@ def read_story(ids: Sequence[int], tokenizer: tiktoken.Encoding, most: int) -> S
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into sentences. `"Look!" said Tom.` is one: after a quotation a small letter
+    """Splits a text into sentences. `"Look!" said Tom.` is one: after a quotation a small letter
     goes on."""
     parts = re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["”'])\s+(?![a-z])|\n+""", text.strip())
     return [part for part in parts if part]
 
 
 def words(text: str) -> list[str]:
-    """Split a text into words, in small letters and without punctuation."""
+    """Splits a text into words, in small letters and without punctuation."""
     return re.findall(r"\w[\w'’]*", text.lower())
 
 
@@ -60,18 +60,18 @@ def words(text: str) -> list[str]:
 
 
 def ends(stories: Sequence[Story]) -> np.ndarray:
-    """Give 1 to a story that ended within the context."""
+    """Returns 1 for a story that ended within the context."""
     return np.array([story.ended for story in stories], float)
 
 
 def length(stories: Sequence[Story]) -> np.ndarray:
-    """Count the words."""
+    """Counts the words."""
     return np.array([len(words(story.text)) for story in stories], float)
 
 
 def distinct(stories: Sequence[Story], n: int) -> np.ndarray:
-    """Give the share of distinct ones among the n-grams of words of all stories (Li et al., 2016,
-    arXiv:1510.03055), of which each gives its first DISTINCT_WORDS; shorter ones give none.
+    """Returns the share of distinct ones among the n-grams of words of all stories (Li et al.,
+    2016, arXiv:1510.03055), of which each gives its first DISTINCT_WORDS; shorter ones give none.
 
     A story's value is the mean of 1 / (occurrences in the set) over its n-grams: stories have
     equally many, so that the mean of their values is that share.
@@ -83,25 +83,25 @@ def distinct(stories: Sequence[Story], n: int) -> np.ndarray:
 
 
 def said_again(stories: Sequence[Story]) -> np.ndarray:
-    """Give the share of a story's 3-grams of words that it has said before."""
+    """Returns the share of a story's 3-grams of words that it has said before."""
     grams = [n_grams(words(story.text), 3) for story in stories]
     return np.array([1 - len(set(each)) / len(each) if each else math.nan for each in grams])
 
 
 def n_grams(text: list[str], n: int) -> list[tuple[str, ...]]:
-    """Give the runs of `n` words, one from each word that so many begin with."""
+    """Returns the runs of `n` words, one from each word that so many begin with."""
     return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
 
 
 def well_formed(stories: Sequence[Story]) -> np.ndarray:
-    """Give the share of a story's sentences that begin with a capital and end in a mark."""
+    """Returns the share of a story's sentences that begin with a capital and end in a mark."""
     form = re.compile(r"""["“']?[A-Z].*[.!?]["”']?""", re.DOTALL)
-    told = [sentences(story.text) for story in stories]
-    return np.array([mean(form.fullmatch(part) is not None for part in parts) for parts in told])
+    split = [sentences(story.text) for story in stories]
+    return np.array([mean(form.fullmatch(part) is not None for part in parts) for parts in split])
 
 
 def find_names(text: str) -> set[str]:
-    """Find the words that `text` writes with a capital inside sentences more often than without
+    """Finds the words that `text` writes with a capital inside sentences more often than without
     one."""
     capital = Counter(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text))
     small = Counter(re.findall(r"\b[a-z]+", text))
@@ -117,7 +117,7 @@ class Named(NamedTuple):
 
 
 def named(story: Story, names: set[str]) -> Named:
-    """Find where a story says which of `names`; none in one of fewer than three sentences."""
+    """Finds where a story says which of `names`; none in one of fewer than three sentences."""
     parts = sentences(story.text)
     if len(parts) < 3:
         return Named([], [], [])
@@ -131,7 +131,7 @@ def named(story: Story, names: set[str]) -> Named:
 
 
 def returns(stories: Sequence[Story], names: set[str]) -> np.ndarray:
-    """Give 1 where somebody named in the first two sentences is named in the last third; says
+    """Returns 1 where somebody named in the first two sentences is named in the last third; says
     nothing of a story that begins without a name."""
 
     def value(said: Named) -> float:
@@ -141,7 +141,7 @@ def returns(stories: Sequence[Story], names: set[str]) -> np.ndarray:
 
 
 def taken_over(stories: Sequence[Story], names: set[str]) -> np.ndarray:
-    """Give 1 where the commonest name of the last third was not there before; says nothing of a
+    """Returns 1 where the commonest name of the last third was not there before; says nothing of a
     story that has no name there."""
 
     def value(said: Named) -> float:
@@ -154,7 +154,7 @@ def taken_over(stories: Sequence[Story], names: set[str]) -> np.ndarray:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Give the mean; NaN of nothing."""
+    """Returns the mean; NaN of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 
@@ -163,7 +163,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def middle_half(values: np.ndarray, axis: int) -> np.ndarray:
-    """Give the third quartile less the first."""
+    """Returns the third quartile less the first."""
     low, high = np.percentile(values, (25, 75), axis=axis)
     return high - low
 
@@ -195,7 +195,7 @@ ROWS = {
 
 
 def read_measures(stories: Sequence[Story], names: set[str]) -> dict[str, np.ndarray]:
-    """Take the measures that need nothing but the stories: {name of the row: (stories,) values}."""
+    """Takes the measures that need the stories alone: {name of the row: (stories,) values}."""
     return {
         "ends": ends(stories),
         "length": length(stories),
@@ -209,8 +209,8 @@ def read_measures(stories: Sequence[Story], names: set[str]) -> dict[str, np.nda
 
 
 def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
-    """Take the row `name` of a set of stories: its number and both ends of its 95 % interval, from
-    NUM_RESAMPLES sets drawn with replacement. None where no story has a value."""
+    """Returns the number of the row `name` and both ends of its 95 % interval, from NUM_RESAMPLES
+    sets of stories drawn with replacement; None where no story has a value."""
     values, statistic = values[np.isfinite(values)], ROWS[name].statistic
     if not len(values):
         return None
@@ -220,7 +220,7 @@ def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
 
 
 def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
-    """Write a Markdown table of `summarize`d rows: {title of a column: {name of a row: its
+    """Writes a Markdown table of `summarize`d rows: {title of a column: {name of a row: its
     numbers}}."""
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     for name, row in ROWS.items():
@@ -235,7 +235,7 @@ def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
 
 
 def cell(row: Row, numbers: list[float] | None) -> str:
-    """Write `93.5 (89.0–97.0)`."""
+    """Writes `93.5 (89.0–97.0)`."""
     if numbers is None:
         return "–"
     scale, digits = {"%": (100, 1), "words": (1, 0)}.get(row.unit, (1, 3))

@@ -14,7 +14,7 @@ IGNORED = -100  # a target that is not scored
 
 
 def logits_of(model: GPT) -> Callable[[Tensor], Iterator[Tensor]]:
-    """Give `model` as `story_losses` takes it."""
+    """Returns what `story_losses` takes of `model`: the logits of ids, row by row."""
     device = model.wte.weight.device
     return lambda idx: (model.lm_head(row) for row in model.hidden(idx.to(device)))
 
@@ -22,7 +22,7 @@ def logits_of(model: GPT) -> Callable[[Tensor], Iterator[Tensor]]:
 def scored_windows(
     ids: np.ndarray, end_of_text: int, context_length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield inputs and targets, (T,) int64, that score every one of a story's (tokens,) ids once.
+    """Yields inputs and targets, (T,) int64, that score every one of a story's (tokens,) ids once.
 
     The story stands alone after an end-of-text. A window slides on by half the context, so that
     what the first does not reach is predicted from half a context at least.
@@ -44,7 +44,7 @@ def story_losses(
     context_length: int,
     batch_size: int,
 ) -> np.ndarray:
-    """Sum the nats of each story's tokens, alone after an end-of-text: (stories,) float64.
+    """Sums the nats of each story's tokens, alone after an end-of-text: (stories,) float64.
 
     `stories` are (tokens,) ids without end-of-text; `logits` takes (B, T) int64 ids on the CPU
     and gives a (T, vocab_size) tensor a row, on any device. Divided by the UTF-8 bytes of the
