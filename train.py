@@ -98,12 +98,14 @@ class Beginning(NamedTuple):
 def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
     beginning = parse_arguments()
+    micro_batch = beginning.arguments.training.batch_size
     try:
         setting, state = set_up(beginning)
+        micro_batch = setting.facts.micro_batch
         status = train(setting, state)
     except Exception as error:
         if cli.is_out_of_memory(error):
-            raise cli.advice_on_memory(beginning.arguments.training) from error
+            raise cli.advice_on_memory(beginning.arguments.training, micro_batch) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
@@ -169,7 +171,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         tokens=train_tokens,
         end_of_text=meta["end_of_text"],
         seed=config.seed,
-        windows_per_step=config.batch_size * config.gradient_accumulation_steps,
+        windows_per_step=config.windows_per_step,
         context_length=gpt.context_length,
         story_windows=config.story_windows,
     )
@@ -182,7 +184,26 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         state.load(latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
-    facts = gather_facts(beginning, data=data_fingerprint(meta), dtype=machine.dtype_name(dtype))
+    card, most = machine.card_name(device), config.batch_size
+    if latest and latest.get("card") == card:  # the same dropout again
+        most = math.gcd(most, latest["micro_batch"])
+    # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
+    later = (0 if state.step else 2) + processes.launched
+    micro_batch = machine.fit_micro_batch(
+        model,
+        most,
+        device=device,
+        dtype=dtype,
+        spare=4 * later * model.num_parameters(),
+        processes=processes,
+    )
+    facts = gather_facts(
+        beginning,
+        data=data_fingerprint(meta),
+        dtype=machine.dtype_name(dtype),
+        card=card,
+        micro_batch=micro_batch,
+    )
     setting = Setting(
         arguments=arguments,
         processes=processes,
@@ -195,18 +216,26 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     return setting, state
 
 
-def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
+def gather_facts(
+    beginning: Beginning, *, data: str, dtype: str, card: str, micro_batch: int
+) -> RunFacts:
     """Returns what a new run will keep for good, or a resumed one has kept."""
     arguments, latest, start = beginning
-    new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
-    if not latest:
-        origin = start.origin if start else None
-        return RunFacts(data=data, dtype=dtype, run_id=new_id, init_from=origin)
-    if latest["dtype"] != dtype:
-        print(f"this run was in {latest['dtype']} and goes on in {dtype}")
-    # A run keeps its id also where it goes on without its tracker for a while.
-    run_id, origin = latest.get("run_id") or new_id, latest.get("init_from")
-    return RunFacts(data=data, dtype=dtype, run_id=run_id, init_from=origin)
+    run_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
+    origin = start.origin if start else None
+    if latest:
+        # A run keeps its id also where it goes on without its tracker for a while.
+        run_id, origin = latest.get("run_id") or run_id, latest.get("init_from")
+        if latest["dtype"] != dtype:
+            print(f"this run was in {latest['dtype']} and goes on in {dtype}")
+    return RunFacts(
+        data=data,
+        dtype=dtype,
+        run_id=run_id,
+        init_from=origin,
+        card=card,
+        micro_batch=micro_batch,
+    )
 
 
 # --- The loop ---
@@ -244,7 +273,8 @@ def train(setting: Setting, state: TrainState) -> int:
             last = state.step == config.max_steps
             evaluated = last or state.step % config.eval_interval == 0
             if evaluated:
-                state.val_loss = entry["val_loss"] = validate(setting, compiled, config.eval_iters)
+                entry["val_loss"] = validate(setting, compiled, config.windows_per_evaluation)
+                state.val_loss = entry["val_loss"]
                 state.stop_if_diverged(entry, directory, config)
             if not processes.is_main:
                 continue
@@ -296,21 +326,22 @@ def train_step(
     """
     config, processes, device = setting.arguments.training, setting.processes, setting.device
     own = processes.share(config.gradient_accumulation_steps)
+    size = setting.facts.micro_batch
+    firsts = range(own.start * config.batch_size, own.stop * config.batch_size, size)
     state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
     loss_sum = torch.zeros((), device=device)
-    for micro_batch in own:
-        first = micro_batch * config.batch_size
-        x, y = setting.batches(state.step, range(first, first + config.batch_size))
-        processes.average_next_backward(model, micro_batch == own[-1])
-        torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))  # of dropout
+    for first in firsts:
+        x, y = setting.batches(state.step, range(first, first + size))
+        processes.average_next_backward(model, first == firsts[-1])
+        torch.manual_seed(mixed_seed(config.seed, state.step, first // size))  # of dropout
         with machine.autocast(device, setting.dtype):
             _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
-        state.optimizer.backward(loss / len(own))  # DDP averages over processes
+        state.optimizer.backward(loss / len(firsts))  # DDP averages over processes
         loss_sum += loss.detach()
     learning_rate = state.optimizer.learning_rate
     grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
     state.skipped_steps += skipped
-    (train_loss, grad_norm), stop = processes.agree([loss_sum / len(own), grad_norm], stop)
+    (train_loss, grad_norm), stop = processes.agree([loss_sum / len(firsts), grad_norm], stop)
     entry = {
         "step": state.step,
         "tokens": state.step * setting.batches.tokens_per_step,
@@ -324,8 +355,8 @@ def train_step(
     return entry, stop
 
 
-def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool = False) -> float:
-    """Returns the mean loss in nats a token over `num_batches` validation batches.
+def validate(setting: Setting, model: nn.Module, num_windows: int, alone: bool = False) -> float:
+    """Returns the mean loss in nats a token over `num_windows` validation windows.
 
     The processes share them, unless this one validates `alone`.
     """
@@ -333,8 +364,8 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
         model,
         setting.val_tokens,
         context_length=setting.arguments.gpt.context_length,
-        batch_size=setting.arguments.training.batch_size,
-        num_batches=num_batches,
+        batch_size=setting.facts.micro_batch,
+        num_batches=num_windows // setting.facts.micro_batch,
         device=setting.device,
         dtype=setting.dtype,
         processes=None if alone else setting.processes,
@@ -344,8 +375,9 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
 def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
     """Raises InputError where a step without an evaluation has ruined the weights, before they are
     saved: its train_loss is of those before it."""
-    glance = {"val_loss": validate(setting, state.model, num_batches=1, alone=True)}
     arguments = setting.arguments
+    windows = arguments.training.batch_size
+    glance = {"val_loss": validate(setting, state.model, windows, alone=True)}
     state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, arguments.training)
 
 
@@ -358,7 +390,7 @@ def evaluate_start(
 ) -> None:
     """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
-    loss = validate(setting, model, config.eval_iters)
+    loss = validate(setting, model, config.windows_per_evaluation)
     state.val_loss = state.best_val_loss = loss
     entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
     state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)
@@ -404,11 +436,14 @@ def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
 def banner(setting: Setting, model: GPT) -> str:
     """Says in a line what is trained, where, and on how much."""
     batches, processes = setting.batches, setting.processes
-    epochs = setting.arguments.training.max_steps / batches.steps_per_epoch
+    config, micro_batch = setting.arguments.training, setting.facts.micro_batch
+    epochs, cut = config.max_steps / batches.steps_per_epoch, ""
+    if micro_batch < config.batch_size:
+        cut = f"; {micro_batch} of {config.batch_size} windows at a time, which is what fits"
     return (
         f"{model.num_parameters():,} parameters on {processes.world_size} × "
         f"{machine.describe(setting.device, setting.dtype)}; {len(batches.tokens):,} train tokens, "
-        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs"
+        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs{cut}"
     )
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from config import GPTConfig, InputError
+from model import GPT
+from storygpt.distributed import Processes
 
 # Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets. The keys are
 # regular expressions that match the whole name the driver gives.
@@ -158,20 +160,75 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)
 
 
+def says_when_full(device: torch.device) -> bool:
+    """Tells whether more than the device's memory is an error; a CPU's process is killed."""
+    return device.type == "cuda"
+
+
+def card_name(device: torch.device) -> str:
+    """Returns what the driver calls a GPU, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def fit_micro_batch(
+    model: GPT,
+    most: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spare: int,
+    processes: Processes,
+) -> int:
+    """Returns the largest divisor of `most`, in windows, that a training step has memory for.
+
+    Each is tried: forward, backward, with `spare` bytes set aside for what comes later. All
+    `processes` take the same. Raises InputError where not even one window fits.
+    """
+    if not says_when_full(device):
+        return most
+    for windows in (n for n in range(most, 0, -1) if most % n == 0):
+        fits = _fits(model, windows, device, dtype, spare)
+        if not processes.sum(torch.tensor(float(not fits), device=device)):
+            if device.type == "cuda":  # what was tried is not what the run takes
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            return windows
+    raise InputError(
+        f"{card_name(device)} has not enough memory for a step on one window: pass a smaller "
+        "--context_length, --n_layer or --n_embd"
+    )
+
+
+def _fits(model: GPT, windows: int, device: torch.device, dtype: torch.dtype, spare: int) -> bool:
+    shape = (windows, model.config.context_length)
+    try:
+        aside = torch.empty(spare, dtype=torch.uint8, device=device)
+        idx = torch.zeros(shape, dtype=torch.int64, device=device)
+        for _ in range(2):  # the second has the gradients of the first in memory
+            with autocast(device, dtype):
+                _, loss = model(idx, idx)
+            loss.backward()
+        del aside
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+    return True
+
+
 def check_fits(gpt: GPTConfig, batch_size: int, device: torch.device) -> None:
-    """Raises InputError where the device surely cannot hold a training step.
+    """Raises InputError where a CPU surely cannot hold a training step: it would be killed.
 
     That takes 16 bytes a parameter (weight, gradient, AdamW's two averages), and at least 20 ·
     n_layer · n_embd bytes a token for the backward pass.
     """
+    if says_when_full(device) or not (
+        hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    ):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     weights = gpt.n_embd * (12 * gpt.n_layer * gpt.n_embd + gpt.vocab_size + gpt.context_length)
     tokens = batch_size * gpt.context_length
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
     for what, size, flags in (
         (f"a model of {weights:,} parameters", 16 * weights, "--n_layer or --n_embd"),
         (f"a micro-batch of {tokens:,} tokens", 20 * gpt.n_layer * gpt.n_embd * tokens,

@@ -195,6 +195,8 @@ def compile_model(model: GPT, wanted: bool | None, device: torch.device) -> nn.M
         softmax = torch.compile(softmax_, dynamic=False)
         loss_function = partial(chunked_cross_entropy, softmax=softmax)
         model.loss_function = torch.compiler.disable(loss_function)
+    # DDP's splitting of a graph would change the numbers: one process draws other dropout.
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(model, dynamic=False)
 
 

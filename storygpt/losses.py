@@ -33,10 +33,12 @@ def estimate_loss(
     losses, sizes = [torch.zeros((), device=device)], [0]  # there may be none for this process
     was_training = model.training
     model.eval()
+    plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled for each shape
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = cut_windows(tokens, starts[first : first + batch_size], context_length)
         with autocast(device, dtype):
-            _, loss = model(to_device(x, device), to_device(y, device))
+            forward = model if len(x) == batch_size else plain
+            _, loss = forward(to_device(x, device), to_device(y, device))
         losses.append(loss)
         sizes.append(len(x))
     model.train(was_training)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from config import TrainingConfig
+from config import InputError, TrainingConfig
 from model import GPT
 
 
@@ -70,9 +70,14 @@ def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Opt
     that both follow the same learning rate.
     """
     groups, muon = parameter_groups(model, config.weight_decay), []
-    if config.optimizer == "muon":
-        matrices = groups.pop(0)
-        muon = [Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]
+    match config.optimizer:
+        case "adamw":
+            pass
+        case "muon":
+            matrices = groups.pop(0)
+            muon = [Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]
+        case _:
+            raise InputError(f"there is no optimizer {config.optimizer}")
     betas = (config.beta1, config.beta2)
     return [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True), *muon]
 

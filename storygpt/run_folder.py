@@ -70,16 +70,23 @@ class RunFolder:
 
         `origin` is that of --init_from, where it was passed.
         """
-        before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
+        begun = resumed["training_config"]
+        before = asdict(resumed["gpt_config"]) | asdict(begun)
         now = asdict(gpt) | asdict(training)
+        may_change = MAY_CHANGE
+        if (begun.windows_per_step, begun.windows_per_evaluation) == (
+            training.windows_per_step,
+            training.windows_per_evaluation,
+        ):  # the same windows, cut otherwise
+            may_change |= {"batch_size", "gradient_accumulation_steps", "eval_iters"}
         differences = [
             f"{name} was {before[name]} and is now {now[name]}"
             for name in before
-            if name not in MAY_CHANGE and before[name] != now[name]
+            if name not in may_change and before[name] != now[name]
         ]
-        begun = resumed.get("init_from") or {}
-        if origin and origin["sha256"] != begun.get("sha256"):
-            was = begun.get("checkpoint", "nothing")
+        began_with = resumed.get("init_from") or {}
+        if origin and origin["sha256"] != began_with.get("sha256"):
+            was = began_with.get("checkpoint", "nothing")
             differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
         if differences:
             raise InputError(
@@ -161,8 +168,8 @@ class RunFolder:
                 f"saved; the last good checkpoint is {self.directory / LATEST}. Likely cause: too "
                 "high a --learning_rate"
             )
-        checkpoint = on_cpu(checkpoint)
-        resume = on_cpu(resume) if LATEST in names else {}
+        checkpoint = on_cpu(checkpoint, {})
+        resume = on_cpu(resume, {}) if LATEST in names else {}
         self.pending_save = self.writer.submit(self._write, names, checkpoint, resume)
 
     def _write(self, names: list[str], checkpoint: dict, resume: dict) -> None:
@@ -177,10 +184,18 @@ class RunFolder:
         self.pending_save.result()
 
 
-def on_cpu(value):
-    """A copy of a nested state, its tensors on the CPU."""
+def on_cpu(value, copies: dict[tuple, torch.Tensor]):
+    """Returns a copy of a nested state, its tensors on the CPU.
+
+    What shares its memory, as tied weights do, shares it in the copy too: `copies` has those made.
+    """
     if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
+        return {key: on_cpu(part, copies) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [on_cpu(part) for part in value]
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+        return [on_cpu(part, copies) for part in value]
+    if not torch.is_tensor(value):
+        return value
+    where = (value.data_ptr(), value.dtype, value.shape, value.stride())
+    if where not in copies or not value.numel():
+        copies[where] = value.detach().to("cpu", copy=True)
+    return copies[where]

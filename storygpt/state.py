@@ -23,6 +23,10 @@ class RunFacts:
     """The run's name for a tracker, if it ever had one; else empty."""
     init_from: dict | None
     """The origin of the weights it started from (`checkpoint.Start.origin`)."""
+    card: str
+    """What it runs on now, as the driver says."""
+    micro_batch: int
+    """Windows in one forward pass there: batch_size, or the largest divisor with memory enough."""
 
 
 @dataclass

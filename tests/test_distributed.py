@@ -34,13 +34,23 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ranks(script, *flags) -> list:
-    """Two processes of train.py as torchrun starts them, without the seconds of their imports."""
+def ranks(script, *flags, name: str = "train.py", **environments: tuple[str, str]) -> list:
+    """Two processes of a script as torchrun starts them, without the seconds of their imports.
+
+    Each keyword is an environment variable, with a value for each process.
+    """
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["TORCHELASTIC_RESTART_COUNT"] = "0"
     return [
-        script.start("train.py", *flags, RANK=rank, LOCAL_RANK=rank, **environment)
-        for rank in ("0", "1")
+        script.start(
+            name,
+            *flags,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **environment,
+            **{key: values[rank] for key, values in environments.items()},
+        )
+        for rank in (0, 1)
     ]
 
 
