@@ -360,12 +360,13 @@ def validate(setting: Setting, model: nn.Module, num_windows: int, alone: bool =
 
     The processes share them, unless this one validates `alone`.
     """
+    size = min(setting.facts.micro_batch, num_windows)
     return estimate_loss(
         model,
         setting.val_tokens,
         context_length=setting.arguments.gpt.context_length,
-        batch_size=setting.facts.micro_batch,
-        num_batches=num_windows // setting.facts.micro_batch,
+        batch_size=size,
+        num_batches=num_windows // size,
         device=setting.device,
         dtype=setting.dtype,
         processes=None if alone else setting.processes,
