@@ -43,18 +43,18 @@ def softmax_in_parts_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to the float32 `total`.
+    """Adds a @ b to the float32 `total`, part by part: a product of the whole would need fresh
+    memory.
 
-    On a GPU the product itself is float32: a frequent token's sum over thousands of rows can be
-    more than float16 holds. A CPU cannot; part by part it needs no fresh memory of the whole.
+    On CUDA the products are float32, too: a frequent token's sum over thousands of rows can be more
+    than float16 holds.
     """
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.device.type in ("cpu", "mps"):
-        for part, a_part in zip(total.split(4096), a.split(4096), strict=True):
-            part += a_part @ b
-    else:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        return
+    wide = {} if a.device.type in ("cpu", "mps") else {"out_dtype": torch.float32}
+    for part, a_part in zip(total.split(4096), a.split(4096), strict=True):
+        part += torch.mm(a_part, b, **wide)
 
 
 @torch.no_grad()

@@ -138,14 +138,14 @@ def test_products_for_the_weights_gradient_are_float32():
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             result = operator(*args, **(kwargs or {}))
-            if operator.overloadpacket.__name__ == "mm" and result.shape == (50304, C):
+            if operator.overloadpacket.__name__ == "mm" and args[0].size(1) == ROWS:
                 dtypes.append(result.dtype)
             return result
 
     dtypes = []
     with Products():
         count(only_losses)
-    assert dtypes == [torch.float32] * (N // ROWS)
+    assert len(dtypes) >= N // ROWS and set(dtypes) == {torch.float32}
 
 
 class Fetches(TorchFunctionMode):
