@@ -75,10 +75,11 @@ class TrainingConfig:
     """Share of the training windows that are moved back to the start of the story they begin in."""
     eval_interval: int = 500
     """Steps between evaluations (the last step is always evaluated)."""
-    eval_iters: int = 100
-    """Validation batches, of batch_size windows each, that an evaluation averages over."""
+    eval_windows: int = 6_400
+    """Windows of the validation split that an evaluation averages over."""
     save_minutes: float = may_change(10.0)
-    """Minutes between saves of StoryGPT_latest.pt: the most that a power cut costs."""
+    """Minutes between saves of StoryGPT_latest.pt, which is the most that a power cut costs; and
+    minutes for which saves may fail before the run ends."""
     keep_interval: int = may_change(0)
     """Steps between weights kept for good, as StoryGPT_step_005000.pt; 0 keeps none."""
     dtype: Precision = "auto"
@@ -98,11 +99,6 @@ class TrainingConfig:
     def windows_per_step(self) -> int:
         """Windows in one step, however they are cut into micro-batches."""
         return self.batch_size * self.gradient_accumulation_steps
-
-    @property
-    def windows_per_evaluation(self) -> int:
-        """Most validation windows that an evaluation averages over."""
-        return self.batch_size * self.eval_iters
 
     def filled_in(self, n_embd: int) -> "TrainingConfig":
         """Returns the same recipe with numbers for what is None, for a model of that width.
@@ -152,7 +148,7 @@ def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
                 weight_decay=0.01,
                 story_windows=0.75,
                 eval_interval=150,
-                eval_iters=10,
+                eval_windows=80,
                 dtype="float32",
             )
             return gpt, training
@@ -245,7 +241,7 @@ def check_training_config(config: TrainingConfig) -> None:
         ("gradient_accumulation_steps", 1),
         ("max_steps", 1),
         ("eval_interval", 1),
-        ("eval_iters", 1),
+        ("eval_windows", 1),
         ("keep_interval", 0),
     ):
         check_whole(name, getattr(config, name), least)
