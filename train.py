@@ -268,7 +268,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
 
 def largest_micro_batch(config: TrainingConfig, processes: Processes) -> int:
     """Returns how many windows a process reads at once where there is memory enough."""
-    return min(config.batch_size, len(processes.share(config.windows_per_step)))
+    return min(config.batch_size, config.windows_per_step // processes.world_size)
 
 
 def gather_facts(
