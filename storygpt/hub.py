@@ -1,6 +1,7 @@
 """The Hugging Face Hub: all that is said to it, and what it means when it refuses."""
 
 import json
+import logging
 import re
 import sys
 import time
@@ -164,6 +165,8 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
         def __init__(self, *arguments, **keywords):
             super().__init__(*arguments, **keywords | {"disable": True})
 
+    # a README.md that is not there is no reason for a word
+    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
     said = None
     if not offline and not COMMIT.fullmatch(revision or ""):
         said = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha
