@@ -162,7 +162,7 @@ class Optimizer:
         if state["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler_state_dict"])
         for optimizer in self.optimizers:
-            averages = AVERAGES[type(optimizer)]
+            averages = AVERAGES.get(type(optimizer), ())
             for parameter, saved in optimizer.state.items():
                 if any(saved[name].shape != parameter.shape for name in averages):
                     raise ValueError("other shapes than the weights")
