@@ -95,6 +95,11 @@ class TrainingConfig:
         """Raises InputError where the numbers do not fit together."""
         check_training_config(self)
 
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in one step, however they are cut into micro-batches."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def filled_in(self, n_embd: int) -> "TrainingConfig":
         """Returns the same recipe with numbers for what is None, for a model of that width.
 

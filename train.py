@@ -33,7 +33,7 @@ from storygpt.batches import Batches, mixed_seed
 from storygpt.checkpoint import Start, fit_start, load_start, load_weights
 from storygpt.distributed import Processes, Stop, lost_a_process
 from storygpt.files import BEST, FINAL, LATEST, step_name
-from storygpt.kernels import speed_up_training
+from storygpt.kernels import compile_model, speed_up_training
 from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
@@ -106,14 +106,15 @@ def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
     first, processes = cli.parse_first(FirstFlags), Processes()
     folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
-    beginning = None
+    beginning = micro_batch = None
     try:
         beginning = find_run(first, processes, folder)
         setting, state = set_up(beginning)
+        micro_batch = setting.facts.micro_batch
         status = train(setting, state)
     except Exception as error:
         if beginning and cli.is_out_of_memory(error):
-            raise cli.advice_on_memory(beginning.arguments.training) from error
+            raise cli.advice_on_memory(beginning.arguments.training, micro_batch) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
@@ -174,7 +175,7 @@ def parse_arguments(
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
     training = arguments.training.filled_in(arguments.gpt.n_embd)
-    processes.share(training.batch_size * training.gradient_accumulation_steps)
+    processes.share(training.windows_per_step)
     machine.use_device(training.device)
     return replace(arguments, training=training)
 
@@ -195,6 +196,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     with processes.together() as shared:
         device = processes.own_device(machine.use_device(config.device))
         dtype = machine.pick_dtype(config.dtype, device)
+        torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
         machine.check_fits(gpt, config.batch_size, device)
         start_weights = fit_start(start, gpt) if start else None
         meta = load_meta(arguments.data_dir, gpt.vocab_size)
@@ -218,7 +220,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         tokens=train_tokens,
         end_of_text=meta["end_of_text"],
         seed=config.seed,
-        windows_per_step=config.batch_size * config.gradient_accumulation_steps,
+        windows_per_step=config.windows_per_step,
         context_length=gpt.context_length,
         story_windows=config.story_windows,
     )
@@ -231,7 +233,27 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         state.load(beginning.latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
-    facts = gather_facts(beginning, meta=meta, dtype=machine.dtype_name(dtype))
+    card, latest = machine.card_name(device), beginning.latest
+    most = largest_micro_batch(config, processes)
+    if latest and latest.get("card") == card:  # the same dropout again
+        most = math.gcd(most, latest["micro_batch"])
+    # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
+    later = (0 if state.step else 2) + processes.launched
+    micro_batch = machine.fit_micro_batch(
+        model,
+        most,
+        device=device,
+        dtype=dtype,
+        spare=4 * later * model.num_parameters(),
+        processes=processes,
+    )
+    facts = gather_facts(
+        beginning,
+        meta=meta,
+        dtype=machine.dtype_name(dtype),
+        card=card,
+        micro_batch=micro_batch,
+    )
     setting = Setting(
         arguments=arguments,
         processes=processes,
@@ -245,17 +267,30 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     return setting, state
 
 
-def gather_facts(beginning: Beginning, meta: dict, dtype: str) -> RunFacts:
+def largest_micro_batch(config: TrainingConfig, processes: Processes) -> int:
+    """Returns how many windows a process reads at once where there is memory enough."""
+    return min(config.batch_size, config.windows_per_step // processes.world_size)
+
+
+def gather_facts(
+    beginning: Beginning, *, meta: dict, dtype: str, card: str, micro_batch: int
+) -> RunFacts:
     """Returns what a new run will keep for good, or a resumed one has kept."""
     arguments, latest, start = beginning.arguments, beginning.latest, beginning.start
     run_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
     origin = start.origin if start else None
     if latest:
-        if latest["dtype"] != dtype and beginning.processes.is_main:
-            print(f"this run was in {latest['dtype']} and goes on in {dtype}")
         # A run keeps its id also where it goes on without its tracker for a while.
         run_id, origin = latest.get("run_id") or run_id, origin_of(latest)
-    return RunFacts(record=begin_record(meta, origin), dtype=dtype, run_id=run_id)
+        if latest["dtype"] != dtype and beginning.processes.is_main:
+            print(f"this run was in {latest['dtype']} and goes on in {dtype}")
+    return RunFacts(
+        record=begin_record(meta, origin),
+        dtype=dtype,
+        run_id=run_id,
+        card=card,
+        micro_batch=micro_batch,
+    )
 
 
 # --- The loop ---
@@ -265,7 +300,7 @@ def train(setting: Setting, state: TrainState) -> int:
     """Trains to the last step, or until there is a reason to stop; returns the exit status."""
     arguments, processes, folder = setting.arguments, setting.processes, setting.folder
     config, directory = arguments.training, arguments.checkpoint_dir
-    compiled = machine.compile_model(state.model, config.compile, setting.device)
+    compiled = compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
     log = begin(setting, state) if processes.is_main else None
@@ -380,11 +415,11 @@ def train_step(
     `model` is state.model, perhaps compiled and wrapped.
     """
     config, processes, device = setting.arguments.training, setting.processes, setting.device
-    own = processes.share(setting.batches.windows_per_step)
+    own, size = processes.share(setting.batches.windows_per_step), setting.facts.micro_batch
     state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
     train_loss = torch.zeros((), device=device)
-    for first in range(own.start, own.stop, config.batch_size):
-        micro_batch = range(first, min(first + config.batch_size, own.stop))
+    for first in range(own.start, own.stop, size):
+        micro_batch = range(first, min(first + size, own.stop))
         x, y = setting.batches(state.step, micro_batch)
         processes.average_next_backward(model, micro_batch.stop == own.stop)
         torch.manual_seed(mixed_seed(config.seed, state.step, first))  # of dropout
@@ -419,7 +454,7 @@ def validate(setting: Setting, model: nn.Module, num_windows: int, alone: bool =
         model,
         setting.val_tokens,
         context_length=setting.arguments.gpt.context_length,
-        batch_size=setting.arguments.training.batch_size,
+        batch_size=setting.facts.micro_batch,
         num_windows=num_windows,
         device=setting.device,
         dtype=setting.dtype,
@@ -495,11 +530,14 @@ def last_words(setting: Setting, state: TrainState, log: Log) -> str:
 def banner(setting: Setting, model: GPT) -> str:
     """Says in a line what is trained, where, and on how much."""
     batches, processes = setting.batches, setting.processes
-    epochs = setting.arguments.training.max_steps / batches.steps_per_epoch
+    config, size = setting.arguments.training, setting.facts.micro_batch
+    epochs, cut = config.max_steps / batches.steps_per_epoch, ""
+    if size < (most := largest_micro_batch(config, processes)):
+        cut = f"; {size} of {most} windows at a time, which is what fits"
     return (
         f"{model.num_parameters():,} parameters on {processes.world_size} × "
         f"{machine.describe(setting.device, setting.dtype)}; {len(batches.tokens):,} train tokens, "
-        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs"
+        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs{cut}"
     )
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from config import GPTConfig, InputError, TrainingConfig, check_whole
 from model import GPT
 from storygpt.device import autocast, dtype_name, peak_memory, pick_dtype, use_device
-from storygpt.kernels import pack_linears, speed_up_training
+from storygpt.kernels import compile_model, pack_linears, speed_up_training
 from storygpt.optimizer import Optimizer
 from storygpt.token_files import SPLITS, load_meta, load_tokens
 from storygpt.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
@@ -122,7 +122,7 @@ def storygpt_step(setting: Setting, x: Tensor, y: Tensor, compiled: bool) -> Cal
     speed_up_training(model, setting.device)
     recipe = TrainingConfig().filled_in(setting.gpt.n_embd)
     optimizer = Optimizer(model, recipe, setting.device, setting.dtype)
-    forward = torch.compile(model) if compiled else model
+    forward = compile_model(model, compiled, setting.device)
 
     def step() -> None:
         with autocast(setting.device, setting.dtype):

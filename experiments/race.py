@@ -136,6 +136,7 @@ def our_recipe(arguments: Arguments, score: Callable, optimizer: OptimizerName) 
             "max_steps": steps,
             "warmup_steps": warm_up(steps),
             "eval_interval": steps,
+            "eval_windows": arguments.batch_size,
             "keep_interval": steps // points,
             "seed": seed,
             "data_dir": arguments.data_dir.resolve(),
@@ -181,6 +182,7 @@ def nanogpt(arguments: Arguments, score: Callable) -> Contender:
             "lr_decay_iters": steps,
             "warmup_iters": warm_up(steps),
             "eval_interval": steps // points,  # when it saves
+            "eval_iters": 1,
             "dataset": data,
             "out_dir": folder,
             **on_cpu,
@@ -211,7 +213,6 @@ def train(
         "gradient_accumulation_steps": 1,
         "learning_rate": learning_rate,
         "min_lr": learning_rate / 10,
-        "eval_iters": 1,
         "device": arguments.device,
         **contender.own_flags(steps, points, seed, folder),
     }

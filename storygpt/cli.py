@@ -160,16 +160,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def advice_on_memory(config: TrainingConfig) -> InputError:
-    """Says how a run that did not fit into memory needs less of it."""
-    size, steps = config.batch_size, config.gradient_accumulation_steps
-    factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
-    if factor == 1:
+def advice_on_memory(config: TrainingConfig, micro_batch: int | None = None) -> InputError:
+    """Says how a run that did not fit into memory, `micro_batch` windows at a time, goes on with
+    less of it."""
+    micro_batch = micro_batch or config.batch_size
+    size = next((n for n in range(micro_batch - 1, 0, -1) if micro_batch % n == 0), None)
+    if size is None:
         less = "pass a smaller --context_length, --n_layer or --n_embd"
     else:
         less = (
-            f"the same run in less: --batch_size {size // factor} "
-            f"--gradient_accumulation_steps {steps * factor}"
+            f"the same run in less: --batch_size {size} "
+            f"--gradient_accumulation_steps {config.windows_per_step // size} --resume"
         )
     return InputError(f"there is not enough memory; {less}")
 

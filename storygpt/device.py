@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from config import GPTConfig, InputError
+from model import GPT
+from storygpt.distributed import Processes
 
 # Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets. The keys are
 # regular expressions that match the whole name the driver gives.
@@ -34,25 +37,92 @@ PEAK_FLOPS = {
 def use_device(name: str = "auto") -> torch.device:
     """Returns the named device, or for `auto` the first of cuda, mps and cpu.
 
-    Also makes it torch's current device and allows TF32 for its products of float32. Raises
-    InputError where it is not to be had here.
+    Also makes it torch's current device. Raises InputError where it is not to be had here, and
+    where there is an NVIDIA GPU that this torch cannot use.
     """
     found = ["cpu"]
     if torch.backends.mps.is_available():
         found.insert(0, "mps")
     if torch.cuda.is_available():
         found.insert(0, "cuda")
+    elif name == "auto" or name.startswith("cuda"):
+        check_driver()
     try:
         device = torch.device(found[0] if name == "auto" else name)
     except RuntimeError as error:
         raise InputError(f"{name!r} is no device: pass --device {found[0]}") from error
     if device.type not in found or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(f"there is no device {name} here: pass --device {found[0]}")
-    if device.type == "cuda":  # kernels and memory that name no device go to the current one
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        check_architecture(device)
+        torch.cuda.set_device(device)  # kernels and memory that name no device go there
         torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
-    torch.set_float32_matmul_precision("high")
     return device
+
+
+# The oldest NVIDIA driver for each major version of CUDA, from NVIDIA's compatibility tables.
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+
+
+def check_driver() -> None:
+    """Raises InputError where torch has no CUDA but the driver has a GPU: training on the CPU
+    instead would take weeks."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or torch.version.hip or not shutil.which("nvidia-smi"):
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    found = re.match(r"((\d+)[.\d]*), (.+)", answer.stdout)
+    if not found:
+        return
+    driver, major, gpu = found[1], int(found[2]), found[3]
+    cuda = torch.version.cuda
+    needed = OLDEST_DRIVER.get(cuda.split(".")[0], 0) if cuda else 0
+    build = "cu130" if major >= OLDEST_DRIVER["13"] else "cu126"
+    if not cuda:
+        what = "is built for CPUs alone"
+    elif major < needed:
+        what = f"is built for CUDA {cuda}, which needs a driver of {needed} or newer"
+    else:
+        what, build = f"cannot start its CUDA {cuda}", None
+    if not build:
+        mend = "python -c 'import torch; torch.cuda.init()' says why"
+    elif major < OLDEST_DRIVER["12"]:
+        mend = f"update the driver to {OLDEST_DRIVER['13']} or newer"
+    else:
+        mend = install_torch(build)
+    raise InputError(
+        f"there is a GPU here ({gpu}, driver {driver}), but torch {torch.__version__} {what}: "
+        f"{mend}; or pass --device cpu to do without"
+    )
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raises InputError where this torch has no kernels for the GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    own = 10 * major + minor
+    known = re.findall(r"(sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
+    for kind, number in known:
+        # Kernels run on their own generation; what a driver compiles itself, on all later ones.
+        if int(number) <= own and (kind == "compute" or int(number) // 10 == major):
+            return
+    if known:
+        older = own < min(int(number) for _, number in known)
+        raise InputError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)}, "
+            f"sm_{own}, but for {', '.join(torch.cuda.get_arch_list())}: "
+            f"{install_torch('cu126' if older else 'cu130')}; or pass --device cpu to do without"
+        )
+
+
+def install_torch(build: str) -> str:
+    """Returns the command that installs PyTorch's own build for a version of CUDA, as in cu126."""
+    return (
+        f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+    )
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -90,20 +160,75 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)
 
 
+def says_when_full(device: torch.device) -> bool:
+    """Tells whether more than the device's memory is an error; a CPU's process is killed."""
+    return device.type == "cuda"
+
+
+def card_name(device: torch.device) -> str:
+    """Returns what the driver calls a GPU, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def fit_micro_batch(
+    model: GPT,
+    most: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spare: int,
+    processes: Processes,
+) -> int:
+    """Returns the largest divisor of `most`, in windows, that a training step has memory for.
+
+    Each is tried: forward, backward, with `spare` bytes set aside for what comes later. All
+    `processes` take the same. Raises InputError where not even one window fits.
+    """
+    if not says_when_full(device):
+        return most
+    for windows in (n for n in range(most, 0, -1) if most % n == 0):
+        fits = _fits(model, windows, device, dtype, spare)
+        if not processes.sum(torch.tensor(float(not fits), device=device)):
+            if device.type == "cuda":  # what was tried is not what the run takes
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            return windows
+    raise InputError(
+        f"{card_name(device)} has not enough memory for a step on one window: pass a smaller "
+        "--context_length, --n_layer or --n_embd"
+    )
+
+
+def _fits(model: GPT, windows: int, device: torch.device, dtype: torch.dtype, spare: int) -> bool:
+    shape = (windows, model.config.context_length)
+    try:
+        aside = torch.empty(spare, dtype=torch.uint8, device=device)
+        idx = torch.zeros(shape, dtype=torch.int64, device=device)
+        for _ in range(2):  # the second has the gradients of the first in memory
+            with autocast(device, dtype):
+                _, loss = model(idx, idx)
+            loss.backward()
+        del aside
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+    return True
+
+
 def check_fits(gpt: GPTConfig, batch_size: int, device: torch.device) -> None:
-    """Raises InputError where the device surely cannot hold a training step.
+    """Raises InputError where a CPU surely cannot hold a training step: it would be killed.
 
     That takes 16 bytes a parameter (weight, gradient, AdamW's two averages), and at least 20 ·
     n_layer · n_embd bytes a token for the backward pass.
     """
+    if says_when_full(device) or not (
+        hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    ):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     weights = gpt.n_embd * (12 * gpt.n_layer * gpt.n_embd + gpt.vocab_size + gpt.context_length)
     tokens = batch_size * gpt.context_length
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
     for what, size, flags in (
         (f"a model of {weights:,} parameters", 16 * weights, "--n_layer or --n_embd"),
         (f"a micro-batch of {tokens:,} tokens", 20 * gpt.n_layer * gpt.n_embd * tokens,
@@ -135,23 +260,3 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def compile_model(model: nn.Module, wanted: bool | None, device: torch.device) -> nn.Module:
-    """torch.compile(model) if `wanted`; None means on CUDA, where it works.
-
-    Raises InputError where it is wanted and does not work: it needs a C++ compiler, and on GPUs
-    Triton.
-    """
-    if wanted is False or (wanted is None and device.type != "cuda"):
-        return model
-    try:  # a small function first: a model's first step is late for such news
-        x = torch.ones(64, device=device, requires_grad=True)
-        torch.compile(lambda x: (x.sin() * 2).sum())(x).backward()
-    except Exception as error:  # each layer of the compiler has its own
-        reason = f"torch.compile does not work here ({type(error).__name__})"
-        if wanted:
-            raise InputError(f"{reason}: pass --compile False") from error
-        print(f"{reason}: training goes on without it, more slowly")
-        return model
-    return torch.compile(model)

@@ -224,7 +224,7 @@ class Processes:
         if not self.launched:
             return model
         devices = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices)
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def average_next_backward(self, model: nn.Module, now: bool) -> None:
         """Tells a wrapped model whether its next backward pass averages: once a step is enough."""

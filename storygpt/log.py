@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -105,12 +106,14 @@ class Log:
         self.peak = peak_flops(device) if dtype != torch.float32 else None
         self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
         self.bar = progress_bar(total=max_steps, initial=step, unit="step")
+        self.drawing = ThreadPoolExecutor(1)  # the GPU does not wait for a plot
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
         self._attempt(self.bar.close)
+        self.drawing.shutdown()
 
     def _attempt(self, show: Callable, *arguments) -> None:
         try:
@@ -124,7 +127,7 @@ class Log:
         self._attempt(self._show, entry)
         self._attempt(self.track, entry)
         if "val_loss" in entry:
-            self._attempt(draw_loss_plot, self.metrics, self.plot)
+            self.drawing.submit(self._attempt, draw_loss_plot, [*self.metrics], self.plot)
 
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         """Adds the first 60 tokens of a story, generated from nothing, to an entry."""

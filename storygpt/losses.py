@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import GPT
 from storygpt.batches import cut_windows, validation_starts
@@ -30,18 +30,31 @@ def estimate_loss(
     """
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     starts = validation_starts(tokens, context_length, num_windows)
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
+    losses, sizes = [torch.zeros((), device=device)], [0]  # there may be none for this process
     was_training = model.training
     model.eval()
+    plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled for each shape
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = cut_windows(tokens, starts[first : first + batch_size], context_length)
         with autocast(device, dtype):
-            _, loss = model(to_device(x, device), to_device(y, device))
-        total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+            forward = model if len(x) == batch_size else plain
+            _, loss = forward(to_device(x, device), to_device(y, device))
+        losses.append(loss)
+        sizes.append(len(x))
     model.train(was_training)
+    nats, count = weighted_sum(losses, sizes), sum(sizes)
     if processes and processes.launched:  # Apple's GPUs have no float64
-        total = processes.sum(total.to(device))
-    return (total[0] / total[1]).item()
+        total = torch.tensor([nats, count], dtype=torch.float64, device=device)
+        nats, count = processes.sum(total).tolist()
+    return nats / count
+
+
+def weighted_sum(losses: list[Tensor], weights: list[int]) -> float:
+    """Sums () losses times their weights, in float64.
+
+    They are fetched all at once, so that the device never waits for the host in between.
+    """
+    return float(np.dot(torch.stack(losses).tolist(), weights))
 
 
 def all_windows(
@@ -65,11 +78,12 @@ def all_windows(
 @torch.no_grad()
 def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int) -> float:
     """Mean loss in nats over all `tokens` (uint16), each scored once; summed in float64."""
-    device, total = next(model.parameters()).device, 0.0
+    device, losses, sizes = next(model.parameters()).device, [], []
     batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
     with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:
         for x, y in batches:
             _, loss = model(to_device(x, device), to_device(y, device))
-            total += loss.item() * y.size
+            losses.append(loss)
+            sizes.append(y.size)
             bar.update(y.size)
-    return total / len(tokens)
+    return weighted_sum(losses, sizes) / len(tokens)

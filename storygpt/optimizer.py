@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from config import TrainingConfig
+from config import InputError, TrainingConfig
 from model import GPT
 
 
@@ -21,6 +21,47 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
     ]
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, its state too, with all matrices of one shape in batched products.
+
+    One by one the 40 matrices of the default model are some 900 small operators a step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Makes one update, as torch's does with Nesterov momentum."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, weights in by_shape.items():
+                gradients = [p.grad for p in weights]
+                for p in weights:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                means = [self.state[p]["momentum_buffer"] for p in weights]
+                torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
+                updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"])
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # match_rms_adamw
+                torch._foreach_add_(weights, updates.float().unbind(), alpha=-rate)
+
+
+def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Brings (B, m, n) matrices U S Vᵀ near U Vᵀ, in bfloat16, by Newton-Schulz iterations."""
+    a, b, c = coefficients
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.mT, coefficients, steps).mT
+    x = x.bfloat16()
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Fused AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101) for all weights; with
     `optimizer="muon"`, Muon (Jordan et al., 2024) for the blocks' matrices and AdamW for the rest.
@@ -29,9 +70,14 @@ def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Opt
     that both follow the same learning rate.
     """
     groups, muon = parameter_groups(model, config.weight_decay), []
-    if config.optimizer == "muon":
-        matrices = groups.pop(0)
-        muon = [torch.optim.Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]
+    match config.optimizer:
+        case "adamw":
+            pass
+        case "muon":
+            matrices = groups.pop(0)
+            muon = [Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]
+        case _:
+            raise InputError(f"there is no optimizer {config.optimizer}")
     betas = (config.beta1, config.beta2)
     return [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True), *muon]
 
@@ -45,6 +91,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> 
         return cosine
     warmup = LinearLR(optimizer, start_factor=0.001, total_iters=config.warmup_steps)
     return SequentialLR(optimizer, [warmup, cosine], milestones=[config.warmup_steps])
+
+
+# What each optimizer keeps of a weight, in the weight's shape.
+AVERAGES = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
 class Optimizer:
@@ -112,6 +162,7 @@ class Optimizer:
         if state["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler_state_dict"])
         for optimizer in self.optimizers:
+            averages = AVERAGES.get(type(optimizer), ())
             for parameter, saved in optimizer.state.items():
-                if any(t.dim() and t.shape != parameter.shape for t in saved.values()):
+                if any(saved[name].shape != parameter.shape for name in averages):
                     raise ValueError("other shapes than the weights")

@@ -41,12 +41,16 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
     `origin` is that of --init_from, where it was passed. Raises InputError with every setting in
     which these would change the run.
     """
-    before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
+    recipe = resumed["training_config"]
+    before = asdict(resumed["gpt_config"]) | asdict(recipe)
     now = asdict(gpt) | asdict(training)
+    may_change = MAY_CHANGE
+    if recipe.windows_per_step == training.windows_per_step:  # the same ones, cut otherwise
+        may_change |= {"batch_size", "gradient_accumulation_steps"}
     differences = [
         f"{name} was {before[name]} and is now {now[name]}"
         for name in before
-        if name not in MAY_CHANGE and before[name] != now[name]
+        if name not in may_change and before[name] != now[name]
     ]
     begun = origin_of(resumed) or {}
     if origin and origin["sha256"] != begun.get("sha256"):
@@ -249,8 +253,8 @@ class RunFolder:
             )
         if self.attempt:
             self.saving.note(self._end_attempt())
-        checkpoint = on_cpu(checkpoint)
-        resume = on_cpu(resume) if LATEST in names else {}
+        checkpoint = on_cpu(checkpoint, {})
+        resume = on_cpu(resume, {}) if LATEST in names else {}
         for name in names:  # in this order: what is saved to go on from says what the best was
             self.unsaved.pop(name, None)
             self.unsaved[name] = checkpoint | resume if name == LATEST else checkpoint
@@ -309,10 +313,18 @@ class RunFolder:
         return None
 
 
-def on_cpu(value):
-    """A copy of a nested state, its tensors on the CPU."""
+def on_cpu(value, copies: dict[tuple, torch.Tensor]):
+    """Returns a copy of a nested state, its tensors on the CPU.
+
+    What shares its memory, as tied weights do, shares it in the copy too: `copies` has those made.
+    """
     if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
+        return {key: on_cpu(part, copies) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [on_cpu(part) for part in value]
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+        return [on_cpu(part, copies) for part in value]
+    if not torch.is_tensor(value):
+        return value
+    where = (value.data_ptr(), value.dtype, value.shape, value.stride())
+    if where not in copies or not value.numel():
+        copies[where] = value.detach().to("cpu", copy=True)
+    return copies[where]

@@ -21,6 +21,10 @@ class RunFacts:
     """Precision of the matrix products, as in `float32`."""
     run_id: str
     """The run's name for a tracker, if it ever had one; else empty."""
+    card: str
+    """What it runs on now, as the driver says."""
+    micro_batch: int
+    """Windows in one forward pass there: batch_size, or the largest divisor with memory enough."""
 
 
 @dataclass

@@ -13,8 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GPTConfig, TrainingConfig
 from model import GPT, attention, written_out_attention
-from storygpt.device import autocast, peak_memory, use_device
-from storygpt.kernels import chunked_cross_entropy, speed_up_training
+from storygpt.device import autocast, fit_micro_batch, peak_memory, use_device
+from storygpt.distributed import Processes
+from storygpt.kernels import (
+    chunked_cross_entropy,
+    compile_model,
+    softmax_,
+    softmax_in_parts_,
+    speed_up_training,
+)
 from storygpt.optimizer import Optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
@@ -38,10 +45,10 @@ def train(script, data_dir, folder, *flags) -> list[dict]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_gradients_equal_eager_ones(dtype):
-    model = small_gpt()
-    speed_up_training(model, use_device(DEVICE))
+    model, device = small_gpt(), use_device(DEVICE)
+    speed_up_training(model, device)
     rows, gradients = torch.randint(301, (4, 33), device=DEVICE), []
-    for forward in (model, torch.compile(model)):
+    for forward in (model, compile_model(model, True, device)):
         model.zero_grad()
         with autocast(torch.device(DEVICE), getattr(torch, dtype)):
             forward(rows[:, :-1], rows[:, 1:])[1].backward()
@@ -52,21 +59,32 @@ def test_compiled_gradients_equal_eager_ones(dtype):
         assert (gradients[1][name] - grad).norm() < tolerance * grad.norm(), name
 
 
-@pytest.mark.parametrize("rows", [1, 4096, 5000])
-def test_the_chunked_loss_equals_float64(rows):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 5000])
+def test_the_chunked_loss_equals_float64(rows, compiled):
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     x = torch.randn(rows, 64, device=DEVICE, requires_grad=True)
     weight = torch.randn(3001, 64, device=DEVICE, requires_grad=True)
     targets = torch.randint(3001, (rows,), device=DEVICE)
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
-    loss = chunked_cross_entropy(x, weight, targets)
+    softmax = torch.compile(softmax_, dynamic=False) if compiled else softmax_in_parts_
+    loss = chunked_cross_entropy(x, weight, targets, softmax)
     exact = F.cross_entropy(wide[0] @ wide[1].T, targets)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     for grad, wide_grad in zip(
         torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(exact, wide), strict=True
     ):
         assert (grad - wide_grad).norm() < 1e-5 * wide_grad.norm()
+
+
+def test_a_frequent_tokens_gradient_does_not_overflow_float16():
+    """The sum of 4,096 rows of 30 is more than float16 holds."""
+    x = torch.full((4096, 64), 30.0, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(301, 64, device=DEVICE, requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.int64, device=DEVICE)
+    (grad,) = torch.autograd.grad(chunked_cross_entropy(x, weight, targets) * 4096, weight)
+    assert torch.allclose(grad[0], torch.tensor(-30.0 * 4096 * 300 / 301, device=DEVICE), rtol=1e-2)
 
 
 def test_flash_attention_takes_our_shapes_and_equals_the_equation():
@@ -85,24 +103,28 @@ def test_flash_attention_takes_our_shapes_and_equals_the_equation():
         assert (grad - wide_grad).norm() < 0.02 * wide_grad.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_learns(dtype, optimizer, script, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "compiled"),
+    [("float32", "adamw", False), ("float16", "adamw", False), ("bfloat16", "muon", True)],
+)
+def test_a_run_learns(dtype, optimizer, compiled, script, data_dir, tmp_path):
     flags = ("--dtype", dtype, "--optimizer", optimizer, "--learning_rate", 0.01)
+    flags += ("--compile", compiled)
     metrics = train(script, data_dir, tmp_path, *flags)
     assert metrics[-1]["val_loss"] < metrics[0]["train_loss"] - 0.5
     assert all(line["grad_norm"] is None or line["grad_norm"] > 0 for line in metrics)
     assert metrics[-1].get("skipped_steps", 0) < 10
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_resumed_run_goes_on_as_the_run_would_have(dtype, script, data_dir, tmp_path):
-    whole = train(script, data_dir, tmp_path / "whole", "--dtype", dtype)
-    flags = (*TINY, "--dtype", dtype, "--device", DEVICE, "--data_dir", data_dir)
+@pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", True), ("float16", False)])
+def test_a_resumed_run_goes_on_as_the_run_would_have(dtype, compiled, script, data_dir, tmp_path):
+    how = ("--dtype", dtype, "--compile", compiled)
+    whole = train(script, data_dir, tmp_path / "whole", *how)
+    flags = (*TINY, *how, "--device", DEVICE, "--data_dir", data_dir)
     folder = ("--checkpoint_dir", tmp_path / "parts")
     stopped = script("train.py", *flags, *folder, "--max_hours", 1e-9, timeout=300)
     assert stopped.code == 75, stopped.output
-    resumed = train(script, data_dir, tmp_path / "parts", "--dtype", dtype, "--resume")
+    resumed = train(script, data_dir, tmp_path / "parts", *how, "--resume")
     assert [line["step"] for line in resumed] == [line["step"] for line in whole]
     for ours, theirs in zip(resumed, whole, strict=True):  # CUDA adds in no fixed order
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-2)
@@ -124,7 +146,7 @@ def test_a_step_of_the_reference_fits_in_five_gigabytes():
     model = GPT(GPTConfig()).to(device).train()
     speed_up_training(model, device)
     optimizer = Optimizer(model, TrainingConfig().filled_in(512), device, torch.bfloat16)
-    forward = torch.compile(model)
+    forward = compile_model(model, True, device)
     rows = torch.randint(50257, (64, 257), device=device)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
@@ -133,6 +155,34 @@ def test_a_step_of_the_reference_fits_in_five_gigabytes():
         optimizer.backward(loss)
         optimizer.step()
     assert peak_memory(device) < 5e9
+
+
+def test_a_micro_batch_is_cut_to_the_memory_there_is():
+    device = use_device(DEVICE)
+    model = GPT(GPTConfig(n_layer=2)).to(device).train()
+    speed_up_training(model, device)
+    optimizer = Optimizer(model, TrainingConfig().filled_in(512), device, torch.bfloat16)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(3e9 / memory)
+    try:
+        windows = fit_micro_batch(
+            model,
+            256,
+            device=device,
+            dtype=torch.bfloat16,
+            spare=8 * model.num_parameters(),
+            processes=Processes(),
+        )
+        assert 1 < windows < 256
+        rows = torch.randint(50257, (windows, 257), device=device)
+        for _ in range(3):
+            with autocast(device, torch.bfloat16):
+                loss = model(rows[:, :-1], rows[:, 1:])[1]
+            optimizer.backward(loss)
+            optimizer.step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_one_process_over_nccl_does_what_it_does_alone(script, data_dir, tmp_path):

@@ -9,14 +9,15 @@ import torch
 
 from config import GPTConfig, InputError
 from storygpt.device import (
+    check_architecture,
     check_fits,
-    compile_model,
     describe,
     peak_flops,
     peak_memory,
     pick_dtype,
     use_device,
 )
+from storygpt.kernels import compile_model
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,9 @@ def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
-    for name in (
-        "cuda.set_device",
-        "backends.cuda.enable_cudnn_sdp",
-        "set_float32_matmul_precision",
-    ):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    for name in ("cuda.set_device", "backends.cuda.enable_cudnn_sdp"):
         monkeypatch.setattr(f"torch.{name}", lambda setting: None)
     assert use_device() == torch.device("cuda")
     assert pick_dtype("auto", torch.device("cuda")) == torch.float16
@@ -90,7 +89,7 @@ def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
 
 
 def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypatch, capsys):
-    def broken(model):
+    def broken(model, **options):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
@@ -115,3 +114,76 @@ def test_memory_is_counted_in_bytes():
     del large  # the peak remains
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert 0.95 * pages * resource.getpagesize() < peak_memory(torch.device("cpu")) < 1.05 * most
+
+
+CU130, CU126 = (
+    f"https://download.pytorch.org/whl/{build}; or pass" for build in ("cu130", "cu126")
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+@pytest.mark.parametrize(
+    ("driver", "cuda", "says"),
+    [
+        (
+            "551.23",
+            "13.0",
+            "CUDA 13.0, which needs a driver of 580 or newer: pip install",
+        ),
+        ("551.23", "13.0", CU126),
+        ("470.82.01", "12.6", "needs a driver of 525 or newer: update the driver to 580 or newer"),
+        ("580.65.06", None, "is built for CPUs alone: pip install --force-reinstall torch"),
+        ("580.65.06", None, CU130),
+        ("551.23", None, CU126),
+        ("580.65.06", "13.0", "cannot start its CUDA 13.0: python -c"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_one_sentence(driver, cuda, says, monkeypatch, tmp_path):
+    """A stand-in for the driver's own program, and for how torch was built."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{driver}, NVIDIA GeForce RTX 3060'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("auto", "cuda"):
+        with pytest.raises(InputError) as error:
+            use_device(name)
+        assert says in str(error.value)
+        assert f"(NVIDIA GeForce RTX 3060, driver {driver})" in str(error.value)
+    assert use_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # whoever hides the GPU means it
+    assert use_device() == torch.device("cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    program.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert use_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "says"),
+    [
+        ((6, 0), ["sm_75", "sm_80", "sm_90"], CU126),
+        ((12, 0), ["sm_75", "sm_80", "sm_90"], CU130),
+        ((8, 6), ["sm_75", "sm_80", "sm_90"], None),  # of sm_80's generation
+        ((12, 1), ["sm_80", "compute_90"], None),  # the driver compiles for what is newer
+        ((9, 0), ["sm_90a"], None),
+        ((9, 4), ["gfx942"], None),  # AMD's
+    ],
+)
+def test_a_gpu_without_kernels_is_one_sentence(capability, architectures, says, monkeypatch):
+    """A stand-in for the GPU and for how torch was built."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA P100")
+    if not says:
+        return check_architecture(torch.device("cuda"))
+    with pytest.raises(InputError, match=r"no kernels for NVIDIA P100, sm_\d+, but") as error:
+        check_architecture(torch.device("cuda"))
+    assert says in str(error.value)
+
+
+def test_only_training_allows_tf32():
+    """What evaluate.py says of a model is exact on any GPU."""
+    use_device("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -15,10 +15,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, losses_of, metrics_of
 
-from config import InputError
+from config import GPTConfig, InputError
+from model import GPT
 from storygpt import cli
 from storygpt.checkpoint import load_checkpoint
 from storygpt.distributed import Processes
+from storygpt.kernels import compile_model, speed_up_training
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FLAGS = [*TINY, "--gradient_accumulation_steps", "4", "--dropout", "0.1"]
@@ -37,16 +39,25 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ranks(script, *flags, second=()) -> list:
-    """Two processes of train.py as torchrun starts them, without the seconds of their imports.
+def ranks(script, *flags, name="train.py", second=(), **environments: tuple[str, str]) -> list:
+    """Two processes of a script as torchrun starts them, without the seconds of their imports.
 
-    The `second`, as if on another node, has some flags of its own.
+    The `second`, as if on another node, has some flags of its own. Each keyword is an environment
+    variable, with a value for each process.
     """
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["TORCHELASTIC_RESTART_COUNT"] = "0"
     return [
-        script.start("train.py", *flags, *own, RANK=rank, LOCAL_RANK=local, **environment)
-        for rank, local, own in (("0", "0", ()), ("1", "0" if second else "1", second))
+        script.start(
+            name,
+            *flags,
+            *own,
+            RANK=str(rank),
+            LOCAL_RANK=local,
+            **environment,
+            **{key: values[rank] for key, values in environments.items()},
+        )
+        for rank, local, own in ((0, "0", ()), (1, "0" if second else "1", second))
     ]
 
 
@@ -346,3 +357,37 @@ def test_all_processes_start_from_the_same_weights(script, data_dir, single, tmp
     for name in ("train_loss", "val_loss"):
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (one, two))
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_compiled_model_has_the_graph_and_dropout_of_one_process(monkeypatch):
+    """DDP would split the graph by its buckets of 25 MB, each part with its own random numbers."""
+    shape = {"vocab_size": 512, "context_length": 32, "n_layer": 4, "n_head": 4, "n_embd": 512}
+    rows = torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(1))
+    compile_with, graphs, losses = torch.compile, [], {}
+
+    def count(graph: torch.fx.GraphModule, inputs: list):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_with(f, **how, backend=count))
+    for name, value in zip(LAUNCHED, ("0", "0", "1", "127.0.0.1", str(free_port())), strict=True):
+        monkeypatch.setenv(name, value)
+    processes, cpu = Processes(), torch.device("cpu")
+    processes.meet(cpu)
+    for wrapped in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**shape)).train()
+        speed_up_training(model, cpu)
+        compiled = compile_model(model, True, cpu)
+        graphs.clear()
+        forward = processes.wrap(compiled, cpu) if wrapped else compiled
+        losses[wrapped] = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            loss = forward(rows[:, :-1], rows[:, 1:])[1]
+            loss.backward()
+            losses[wrapped].append(loss.item())
+        assert len(graphs) == 1
+    processes.part()
+    assert losses[False] == losses[True]

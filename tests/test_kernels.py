@@ -1,6 +1,7 @@
 """The fast forms against the plain ones, in float64 where there is a number to compare."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from model import GPT, cross_entropy, written_out_attention
 from storygpt import kernels
 from storygpt.kernels import (
     attention_on_cpu,
+    chunk_by_chunk,
     chunked_cross_entropy,
     onednn_operators,
     pack_linears,
     quick_dropout,
+    softmax_,
+    softmax_in_parts_,
     speed_up_training,
 )
 
@@ -25,6 +29,14 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(params=["in parts", "compiled"])
+def softmax(request):
+    """Both ways to a chunk's losses."""
+    if request.param == "in parts":
+        return softmax_in_parts_
+    return torch.compile(softmax_, dynamic=False)
+
+
 def small_gpt(**changes) -> GPT:
     torch.manual_seed(0)
     shape = {"vocab_size": 301, "context_length": 32, "n_layer": 2, "n_head": 4, "n_embd": 48}
@@ -32,7 +44,8 @@ def small_gpt(**changes) -> GPT:
 
 
 @pytest.mark.parametrize("rows", [1, 511, 512, 1300])
-def test_chunked_cross_entropy_equals_float64(rows, device):
+def test_chunked_cross_entropy_equals_float64(rows, device, softmax):
+    chunked_cross_entropy = partial(kernels.chunked_cross_entropy, softmax=softmax)
     torch.manual_seed(0)
     x = torch.randn(rows, 24, device=device, requires_grad=True)
     weight = torch.randn(3001, 24, device=device, requires_grad=True)
@@ -50,7 +63,8 @@ def test_chunked_cross_entropy_equals_float64(rows, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chunked_cross_entropy_under_autocast_is_as_close_as_the_plain_loss(dtype, device):
+def test_chunked_cross_entropy_under_autocast_is_as_close_as_the_plain_loss(dtype, device, softmax):
+    chunked_cross_entropy = partial(kernels.chunked_cross_entropy, softmax=softmax)
     torch.manual_seed(0)
     x = torch.randn(1500, 24, device=device, requires_grad=True)
     weight = torch.randn(3001, 24, device=device, requires_grad=True)
@@ -72,6 +86,39 @@ def test_chunked_cross_entropy_under_autocast_is_as_close_as_the_plain_loss(dtyp
         assert chunked < 2 * plain + 1e-4 and chunked < 0.02
     with torch.no_grad(), torch.autocast(device, dtype):  # of the same logits, in validation
         assert chunked_cross_entropy(x, weight, targets).item() == pytest.approx(loss.item(), 1e-5)
+
+
+def test_columns_that_pad_the_head_change_neither_loss_nor_gradients(softmax):
+    """A GPU's products have them; their logits of 0 are more than those of a trained model's."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 24), torch.randn(301, 24)
+    x[:, 0], weight[:, 0] = 10, -2  # logits of -20 and around
+    targets = torch.randint(301, (100,))
+    wide = [t.double().requires_grad_() for t in (x, weight)]
+    exact = F.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum")
+    loss, gradients = chunk_by_chunk(
+        x, weight, targets, softmax=softmax, rows=64, columns=64, with_gradients=True
+    )
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    for grad, wide_grad in zip(gradients, torch.autograd.grad(exact, wide), strict=True):
+        assert grad.shape == wide_grad.shape
+        assert (grad - wide_grad).norm() < 1e-5 * wide_grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weights_gradient_is_summed_in_float32(dtype):
+    """In bfloat16 a sum of 512 does not change any more when 1 is added."""
+    x, weight = torch.ones(2048, 8, dtype=dtype), torch.zeros(301, 8)
+    _, (_, weight_grad) = chunk_by_chunk(
+        x,
+        weight,
+        torch.zeros(2048, dtype=torch.int64),
+        softmax=softmax_in_parts_,
+        rows=1,
+        columns=1,
+        with_gradients=True,
+    )
+    assert torch.allclose(weight_grad[0], torch.tensor(-2048 * 300 / 301), rtol=1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -124,13 +171,33 @@ def test_training_keeps_no_logits_of_a_whole_batch():
     assert max(kept) < 40 * 32 * 301
 
 
-def test_a_compiled_step_breaks_its_graph_only_at_the_loss():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_step_breaks_its_graph_only_at_the_loss(fused):
+    """Fused, the softmax is a graph of its own; a validation batch adds a graph without dropout."""
+    graphs, softmax_graphs = [], []
+
+    def note(graphs: list, graph: torch.fx.GraphModule, _):
+        graphs.append(graph)
+        return graph.forward
+
     model = small_gpt(dropout=0.1).train()
     speed_up_training(model, torch.device("cpu"))
-    rows = torch.randint(301, (4, 33))
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(model)(rows[:, :-1], rows[:, 1:])
-    assert explained.graph_break_count <= 1 and explained.graph_count <= 2
+    if fused:
+        softmax = torch.compile(softmax_, dynamic=False, backend=partial(note, softmax_graphs))
+        loss_function = partial(chunked_cross_entropy, softmax=softmax)
+        model.loss_function = torch.compiler.disable(loss_function)
+    compiled = torch.compile(model, dynamic=False, backend=partial(note, graphs))
+    rows = torch.randint(301, (4, 33))
+    for _ in range(3):
+        compiled(rows[:, :-1], rows[:, 1:])[1].backward()
+    assert len(graphs) == 1 and len(softmax_graphs) == fused
+    compiled.eval()
+    with torch.no_grad():
+        compiled(rows[:, :-1], rows[:, 1:])
+    compiled.train()
+    compiled(rows[:, :-1], rows[:, 1:])[1].backward()
+    assert len(graphs) == 2 and len(softmax_graphs) == fused
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

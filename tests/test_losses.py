@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from config import GPTConfig
 from model import GPT
+from storygpt.kernels import speed_up_training
 from storygpt.losses import all_windows, estimate_loss
 
 
@@ -41,3 +42,21 @@ def test_every_token_is_a_target_once():
             assert np.array_equal(x + 1, y)  # 0, the end-of-text, comes before the first token
             targets += y.flatten().tolist()
         assert targets == tokens.tolist()
+
+
+def test_a_ragged_batch_is_not_compiled_for():
+    """A shape more would be a graph more, or with dynamic shapes one for all, training too."""
+    model = GPT(GPTConfig(vocab_size=300, context_length=16, n_layer=1, n_head=1, n_embd=16))
+    tokens = np.random.default_rng(0).integers(0, 300, 7 * 16 + 1).astype("<u2")
+    shapes = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list):
+        shapes.append([tuple(x.shape) for x in inputs if x.dtype == torch.int64])
+        return graph.forward
+
+    where = (torch.device("cpu"), torch.float32)
+    expected = estimate_loss(model, tokens, 16, 4, 7, *where)
+    speed_up_training(model, torch.device("cpu"))
+    compiled = torch.compile(model, dynamic=False, backend=note)
+    assert estimate_loss(compiled, tokens, 16, 4, 7, *where) == pytest.approx(expected, rel=1e-6)
+    assert len(shapes) == 1 and (4, 16) in shapes[0]

@@ -201,6 +201,19 @@ SAMPLING = [
 ]
 
 
+@torch.no_grad()
+def test_logits_that_are_no_numbers_are_found_in_any_row():
+    model, x = small_gpt(), ids(3, 5)
+    x[1] = 7  # in one row alone
+    x[[0, 2]] = 3
+    model.wpe.weight.zero_()
+    model.wte.weight[7, 0] = math.nan
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num())
+    assert model(x)[0].isnan().any(-1).any(-1).tolist() == [False, True, False]
+    with pytest.raises(InputError, match="logits are not finite"):
+        model.generate(x, 1)
+
+
 @pytest.mark.parametrize("sampling", SAMPLING)
 @torch.no_grad()
 def test_cached_generation_equals_the_plain_loop(sampling, device):

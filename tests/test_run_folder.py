@@ -311,3 +311,15 @@ def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(
         assert ("starting a new run" in said) == stop and ("resuming after step" in said) != stop
         assert "this run was in" not in said
     assert losses_of(tmp_path / "run") == losses_of(run_dir)
+
+
+def test_tied_weights_are_saved_once_under_both_names(run_dir):
+    """wte.weight and lm_head.weight: a third of the default model's file would be there twice."""
+    for name, each in ((BEST, 1), (LATEST, 3)):  # weights, and AdamW's two averages of each
+        checkpoint = load_checkpoint(run_dir / name)
+        weights = checkpoint["model_state_dict"]
+        tied = weights["wte.weight"], weights["lm_head.weight"]
+        assert tied[0].data_ptr() == tied[1].data_ptr() and torch.equal(*tied)
+        numbers = sum(t.numel() for t in weights.values()) - tied[0].numel()
+        size = (run_dir / name).stat().st_size
+        assert 4 * each * numbers < size < 4 * each * numbers + tied[0].nbytes
