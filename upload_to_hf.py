@@ -232,9 +232,7 @@ def build_space(folder: Path, repo_id: str) -> None:
     """Makes `folder`, with all files of a Space that shows the model `repo_id`."""
     from huggingface_hub import metadata_load, metadata_save
 
-    folder.mkdir()
-    for name in ("app.py", "requirements.txt", "README.md"):
-        shutil.copyfile(ROOT / "space" / name, folder / name)
+    shutil.copytree(ROOT / "space", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     own = {"title": repo_id.split("/")[1], "models": [repo_id]}
     metadata_save(folder / "README.md", metadata_load(folder / "README.md") | own)
 
