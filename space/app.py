@@ -29,22 +29,22 @@ import gradio as gr
 import torch
 import torch.nn.functional as F
 from fastapi import HTTPException, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.responses import PlainTextResponse
 from tokenizers import Tokenizer
 from torch import Tensor
 
 HERE = Path(__file__).parent
 FILES = ("model.py", "config.py", "checkpoints/StoryGPT_best.pt", "tokenizer.json")
 OPENING = "Once upon a time"  # of a model that does not say how its stories begin
-VISITORS = 8  # whose stories come at the same time; the others wait
-MOST_WAITING = 300
+AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
+MOST_VISITORS = 300
 MOST_BYTES = 60_000  # of a request
+MOST_NEW_TOKENS = 1000
 SHOWN_EVERY = 0.05  # seconds: faster is more than eyes follow
 
 
@@ -72,7 +72,7 @@ class Published:
     @property
     def openings(self) -> list[str]:
         """How the stories it learned from begin most often, the commonest first."""
-        known = self.record.get("data", {}).get("openings") or [(OPENING, 1)]
+        known = (self.record.get("data") or {}).get("openings") or [(OPENING, 1)]
         return [text for text, _ in known]
 
     def batch(self, rows: list[list[int]]) -> Tensor:
@@ -102,7 +102,7 @@ def title(folder: Path) -> str:
 
 
 def load(name: str) -> Published:
-    """The model in a folder or of a Hub id. Its own model.py is what runs it.
+    """Loads the model in a folder or of a Hub id. Its own model.py is what runs it.
 
     Ends the program with a sentence where there is no such model.
     """
@@ -153,7 +153,7 @@ class Wish(BaseModel):
     )
     num_samples: int = Field(1, ge=1, le=4, title="Stories", description="Side by side, up to 4")
     max_new_tokens: int = Field(
-        200, ge=1, le=1000, title="Length", description="In tokens, at most 1,000"
+        200, ge=1, le=MOST_NEW_TOKENS, title="Length", description="In tokens, at most 1,000"
     )
     temperature: float = Field(
         0.8, ge=0, le=2, title="Temperature", description="0: always the likeliest token"
@@ -166,55 +166,61 @@ class Wish(BaseModel):
     )
 
 
-def generate(
-    published: Published, wish: Wish, every: float = SHOWN_EVERY
-) -> Iterator[dict[str, object]]:
+@dataclass
+class Story:
+    """A story as far as it has come, and how many of its ids and characters the page has."""
+
+    ids: list[int]
+    sent_ids: int
+    sent_characters: int
+    state: str = "telling"  # or "the end", "length reached"
+
+    def news(self, published: Published) -> list:
+        """[ids, text] that the page does not have yet, and the state."""
+        text = published.text(self.ids)
+        if self.state == "telling":
+            text = text.rstrip("\ufffd")  # half a character waits for the rest
+        added = [self.ids[self.sent_ids :], text[self.sent_characters :], self.state]
+        self.sent_ids, self.sent_characters = len(self.ids), len(text)
+        return added
+
+
+def generate(published: Published, wish: Wish, every: float = SHOWN_EVERY) -> Iterator[dict]:
     """Yields how the stories begin, then, every so many seconds, what has come to each.
 
     First {given: text, ids, unread: how many tokens of the prompt are too many for the context},
-    then {told: [[ids, text, state] of each story]}, in which the state is telling, the end, or
-    length reached. A seed's story is the one that `generate.py --seed` generates.
+    then {told: [[ids, text, state] of each story]}. A seed's story is the one that `generate.py
+    --seed` generates.
     """
-    context_length = published.config.context_length
     prompt = published.encode(wish.prompt)
-    start = prompt[-context_length:]
+    start = prompt[-published.config.context_length :]
     given = published.text(start)
     yield {"given": given, "ids": start, "unread": len(prompt) - len(start)}
     seeds = range(wish.seed, wish.seed + wish.num_samples)
-    stories = [list(start) for _ in seeds]
-    sent, texts = [len(start)] * len(seeds), [given] * len(seeds)
-    end, shown = published.end_of_text, time.monotonic()
+    stories = [Story(list(start), len(start), len(given)) for _ in seeds]
 
-    def news(done: bool) -> dict[str, object]:
-        told = []
-        for i, ids in enumerate(stories):
-            ended = ids[-1] == end and len(ids) > len(start)
-            state = "the end" if ended else "length reached" if done else "telling"
-            text = published.text(ids)
-            if state == "telling":
-                text = text.rstrip("\ufffd")  # half a character waits for the rest
-            told.append([ids[sent[i] :], text[len(texts[i]) :], state])
-            sent[i], texts[i] = len(ids), text
-        return {"told": told}
-
-    device = published.model.wte.weight.device
+    idx = published.batch([start] * len(seeds))
     columns = published.model.stream(
-        published.batch(stories),
+        idx,
         max_new_tokens=wish.max_new_tokens,
         temperature=wish.temperature,
         top_k=wish.top_k or None,
         top_p=wish.top_p,
-        end_of_text=end,
-        generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+        end_of_text=published.end_of_text,
+        generator=[torch.Generator(idx.device).manual_seed(seed) for seed in seeds],
     )
+    shown = time.monotonic()
     for column in columns:
-        for ids, token in zip(stories, column[:, 0].tolist(), strict=True):
-            if len(ids) == len(start) or ids[-1] != end:
-                ids.append(token)
+        for story, token in zip(stories, column[:, 0].tolist(), strict=True):
+            if story.state == "telling":
+                story.ids.append(token)
+                story.state = "the end" if token == published.end_of_text else "telling"
         if time.monotonic() - shown >= every:
-            yield news(done=False)
+            yield {"told": [story.news(published) for story in stories]}
             shown = time.monotonic()
-    yield news(done=True)
+    for story in stories:
+        story.state = "length reached" if story.state == "telling" else story.state
+    yield {"told": [story.news(published) for story in stories]}
 
 
 # --- Looking inside ---
@@ -304,7 +310,7 @@ def about(published: Published) -> str:
     """One sentence, as HTML: what the page shows, who trained it on what, as far as it is known."""
     owner, _, title = published.name.rpartition("/")
     name = link(published.name, title) if owner else escape(title)
-    data = published.record.get("data", {})
+    data = published.record.get("data") or {}
     sentence = f"{name} is a small language model that makes up stories, word by word"
     train = data.get("splits", {}).get("train", {})
     if not train:
@@ -319,14 +325,13 @@ def about(published: Published) -> str:
 def setting(name: str, schema: dict) -> str:
     """A field of the page's settings as HTML, of what pydantic says of it."""
     whole = schema["type"] == "integer"
-    kind = "number" if whole else "range"
-    bounds = f'min="{schema["minimum"]:g}"' if not whole else f'min="{schema["minimum"]}"'
-    most, step = schema["maximum"], 1 if whole else 0.01
-    output = "" if whole else f'<output for="{name}">{schema["default"]:g}</output>'
+    kind, step = ("number", 1) if whole else ("range", 0.01)
+    output = "" if whole else f'<output for="{name}">{schema["default"]}</output>'
     return (
         f'<p><label for="{name}">{schema["title"]}</label>{output}'
-        f'<input id="{name}" name="{name}" type="{kind}" {bounds} max="{most}" step="{step}" '
-        f'value="{schema["default"]}" required aria-describedby="{name}-hint">'
+        f'<input id="{name}" name="{name}" type="{kind}" step="{step}" min="{schema["minimum"]}" '
+        f'max="{schema["maximum"]}" value="{schema["default"]}" required '
+        f'aria-describedby="{name}-hint">'
         f'<small id="{name}-hint">{schema["description"]}</small></p>'
     )
 
@@ -362,10 +367,10 @@ def render(published: Published) -> str:
     )
 
 
-class Story(BaseModel):
+class Look(BaseModel):
     """What a visitor looks into: the ids of a story, and, of one, its place and a layer from 0."""
 
-    ids: list[int] = Field(min_length=1, max_length=10_000)
+    ids: list[int] = Field(min_length=1)
     index: int = Field(0, ge=0)
     layer: int = Field(0, ge=0)
 
@@ -376,24 +381,32 @@ class Door:
     OPEN = ("/", "/stories", "/tokens", "/likeliest", "/attention", "/gradio_api/startup-events")
 
     def __init__(self, app: Callable):
-        self.app = app
+        self.app, self.visitors = app, 0
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] == "http":
-            size = dict(scope["headers"]).get(b"content-length", b"0")
-            chunked = b"transfer-encoding" in dict(scope["headers"])
-            if scope["path"] not in self.OPEN:
-                return await PlainTextResponse("not found", 404)(scope, receive, send)
-            if chunked or int(size) > MOST_BYTES:
-                return await PlainTextResponse("too long", 413)(scope, receive, send)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, refusal = dict(scope["headers"]), None
+        if scope["path"] not in self.OPEN:
+            refusal = JSONResponse({"detail": "There is nothing here."}, 404)
+        elif b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > MOST_BYTES:
+            refusal = JSONResponse({"detail": "That is too long."}, 413)
+        elif self.visitors >= MOST_VISITORS:
+            busy = "Too many visitors are waiting: come back in some minutes."
+            refusal = JSONResponse({"detail": busy}, 503)
+        self.visitors += 1
+        try:
+            await (refusal or self.app)(scope, receive, send)
+        finally:
+            self.visitors -= 1
 
 
 def build_server(published: Published) -> gr.Server:
     """The page and what it asks for. Nothing is kept of a visitor but a place in the queue."""
-    server = gr.Server()
-    html, config = render(published), published.config
-    queue: list[object] = []  # in the order they came; the first VISITORS are being told to
+    from config import InputError
+
+    server, html, config = gr.Server(), render(published), published.config
+    queue: list[object] = []  # in the order they came; the first AT_ONCE are being told to
     looks = asyncio.Semaphore(2)  # each takes the memory of a story's logits
 
     @server.api_route("/", methods=["GET", "HEAD"])
@@ -402,49 +415,47 @@ def build_server(published: Published) -> gr.Server:
 
     @server.post("/stories")
     async def stories(wish: Wish):
-        if len(queue) >= MOST_WAITING:
-            raise HTTPException(503, "Too many visitors are waiting: come back in some minutes.")
-
         async def events():
             me = object()
             queue.append(me)
             try:
-                while (place := queue.index(me) - VISITORS + 1) > 0:
+                while (place := queue.index(me) - AT_ONCE + 1) > 0:
                     yield line({"place": place})
                     await asyncio.sleep(0.5)
                 async for event in iterate_in_threadpool(generate(published, wish)):
                     yield line(event)
-            except sys.modules["config"].InputError as error:
+            except InputError as error:
                 yield line({"error": f"{error}."})
             finally:
                 queue.remove(me)
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def look(function: Callable, story: Story, *arguments):
-        if max(story.ids) >= config.vocab_size or min(story.ids) < 0:
-            raise HTTPException(422, "The story has tokens that this model does not know.")
+    async def look(function: Callable, ids: list[int], *arguments):
+        most = config.context_length + MOST_NEW_TOKENS
+        if len(ids) > most or not all(0 <= i < config.vocab_size for i in ids):
+            raise HTTPException(422, "That is no story of this model.")
         async with looks:
-            return await run_in_threadpool(function, published, story.ids, *arguments)
+            return await run_in_threadpool(function, published, ids, *arguments)
 
     @server.post("/tokens")
-    async def tokens(story: Story):
-        probabilities = await look(token_probabilities, story)
-        return {"texts": pieces(published, story.ids), "probabilities": probabilities}
+    async def tokens(asked: Look):
+        probabilities = await look(token_probabilities, asked.ids)
+        return {"texts": pieces(published, asked.ids), "probabilities": probabilities}
 
     @server.post("/likeliest")
-    async def likeliest_tokens(story: Story):
-        if not 0 < story.index < len(story.ids):
+    async def likeliest_tokens(asked: Look):
+        if not 0 < asked.index < len(asked.ids):
             raise HTTPException(422, "Nothing came before that token.")
-        return await look(likeliest, story, story.index)
+        return await look(likeliest, asked.ids, asked.index)
 
     @server.post("/attention")
-    async def attention_of_a_layer(story: Story):
-        if len(story.ids) > config.context_length or story.layer >= config.n_layer:
+    async def attention_of_a_layer(asked: Look):
+        if len(asked.ids) > config.context_length or asked.layer >= config.n_layer:
             raise HTTPException(422, "There is no such layer, or it never saw so many tokens.")
         if not hasattr(published.model, "attention_weights"):
             raise HTTPException(404, "This model's own code is older: to see it, publish it again.")
-        return Response(await look(attention, story, story.layer))
+        return Response(await look(attention, asked.ids, asked.layer))
 
     server.add_middleware(GZipMiddleware, compresslevel=3)
     server.add_middleware(Door)
@@ -472,15 +483,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("README.md names no model under `models`: pass --model, a folder or a Hub id")
-    server = build_server(load(arguments.model))
+    published = load(arguments.model)
+    from config import InputError
+
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
+        server = build_server(published)
         server.launch(
             server_name=arguments.host,
             server_port=arguments.port,
             inbrowser=arguments.open,
             ssr_mode=False,
         )
+    except InputError as error:  # of the first story
+        sys.exit(f"error: {arguments.model} is broken: {error}")
     except (OSError, OverflowError):  # no such port, or somebody else's
         sys.exit("error: the page cannot be served there: pass another --port or --host")
 

@@ -5,11 +5,13 @@
 
 const $ = (selector) => document.querySelector(selector);
 const known = JSON.parse($("#known").textContent); // see render in app.py
-const form = $("#wish"), fields = [...form.querySelectorAll("[name]")];
+const form = $("#wish");
+const fields = [...form.querySelectorAll("[name]")];
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 const PAUSES = [0, 1, 2, 4, 8]; // seconds before each try to reach the server
 const SLOW = 4000; // milliseconds without a word
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 const GONE =
   "The server does not answer. A Space that nobody visits falls asleep and wakes when it is " +
   "opened, which takes a minute: reload the page, or try again.";
@@ -44,7 +46,8 @@ function sleep(milliseconds, signal) {
 }
 
 async function post(path, body, signal) {
-  const response = await fetch(path, {
+  const key = location.search; // of a private Space
+  const response = await fetch(path + key, {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: JSON.stringify(body),
@@ -71,7 +74,9 @@ function writeForm(values) {
 }
 
 function showForm() {
-  for (const output of form.querySelectorAll("output")) output.value = $(`#${output.htmlFor}`).value;
+  for (const output of form.querySelectorAll("output")) {
+    output.value = $(`#${output.htmlFor}`).value;
+  }
   const prompt = $("#prompt");
   const full = prompt.value.length >= prompt.maxLength;
   say($("#room"), full ? `That is all there is room for: ${prompt.maxLength} characters.` : "");
@@ -123,7 +128,8 @@ async function tell() {
   $("#stop").ariaDisabled = "false";
   const isFirst = JSON.stringify(wish) === JSON.stringify(known.first.wish);
   const source = isFirst ? replay : ask;
-  let message = GONE, begun = false;
+  let message = GONE;
+  let begun = false;
   try {
     for (const pause of PAUSES) {
       if (pause) {
@@ -167,10 +173,9 @@ async function* ask(signal) {
   heard = performance.now();
   const response = await post("stories", wish, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ; ) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const events = (rest + value).split("\n\n");
+  let rest = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const events = (rest + part.value).split("\n\n");
     rest = events.pop();
     for (const event of events) yield JSON.parse(event.slice("data: ".length));
   }
@@ -183,7 +188,8 @@ function begin({ given, ids, unread }, again) {
     return { ...story, seed: wish.seed + i, given, read: ids.length, state: "telling" };
   });
   const all = (ids.length + unread).toLocaleString("en");
-  say($("#room"), unread ? `The model sees only the last ${ids.length} of these ${all} tokens.` : "");
+  const unseen = `The model sees only the last ${ids.length} of these ${all} tokens.`;
+  say($("#room"), unread ? unseen : "");
   showStories();
   return true;
 }
@@ -227,10 +233,13 @@ setInterval(() => {
 function showStories() {
   cards = stories.map((story, i) => {
     const button = (textContent) => {
-      return make("button", { type: "button", textContent, ariaLabel: `${textContent}: seed ${story.seed}` });
+      const ariaLabel = `${textContent}: seed ${story.seed}`;
+      return make("button", { type: "button", textContent, ariaLabel });
     };
-    const text = document.createTextNode(""), count = make("span");
-    const copied = button("Copy"), look = button("Look inside");
+    const text = document.createTextNode("");
+    const count = make("span");
+    const copied = button("Copy");
+    const look = button("Look inside");
     copied.onclick = () => copy(story.given + stories[i].text, copied);
     look.onclick = () => lookInside(i);
     const paragraph = make("p", { dir: "auto" }, make("mark", { textContent: story.given }), text);
@@ -242,7 +251,8 @@ function showStories() {
 }
 
 function showStory(i) {
-  const story = stories[i], { article, text, count } = cards[i];
+  const story = stories[i];
+  const { article, text, count } = cards[i];
   text.data = story.text;
   article.className = story.state === "telling" ? "telling" : "";
   say(count, `Seed ${story.seed} · ${story.ids.length - story.read} tokens · ${story.state}`);
@@ -253,7 +263,8 @@ const aloud = ({ given, text, seed, state }) => `${given}${text} (Seed ${seed}: 
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // no such permission, or no https
+  } catch {
+    // no such permission, or no https
     const field = make("textarea", { value: text, className: "unseen" });
     document.body.append(field);
     field.select();
@@ -272,7 +283,8 @@ async function copy(text, button) {
 
 function lookInside(i) {
   const { seed, read, ids } = stories[i];
-  const chosen = Math.min(read, ids.length - 1), layer = inside?.layer ?? known.layers;
+  const chosen = Math.min(read, ids.length - 1);
+  const layer = inside?.layer ?? known.layers;
   inside = { story: i, seed, read, ids: [...ids], chosen, layer };
   history.pushState({ inside: true }, ""); // so that the browser's way back is one, too
   openInside();
@@ -284,7 +296,6 @@ async function openInside() {
   $("#inside").hidden = false;
   $("#choice").hidden = true;
   $("#tokens").replaceChildren();
-  say($("#pieces"), "");
   say($("#whose"), `Inside the story of seed ${inside.seed}`);
   $("#whose").focus({ preventScroll: true });
   $(`#layers [value="${inside.layer}"]`).checked = true;
@@ -331,7 +342,8 @@ function percent(p) {
 function spell(id, text) {
   if (id === known.end) return make("code", {}, make("em", { textContent: "the end" }));
   const signs = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" }; // what has no ink can be seen
-  if (text === "" || text === "\ufffd") return make("code", {}, make("em", { textContent: "part of a character" }));
+  const isPart = text === "" || text === "\ufffd"; // of a character
+  if (isPart) return make("code", {}, make("em", { textContent: "part of a character" }));
   const parts = text.split(/([ \n\t\r])/).map((part) => {
     return part in signs ? make("i", { textContent: signs[part] }) : part;
   });
@@ -343,18 +355,19 @@ const spelled = (i) => spell(inside.ids[i], inside.texts[i]);
 function showTokens(probabilities) {
   const { ids, texts, read } = inside;
   const options = texts.map((text, i) => {
-    const p = probabilities[i], isEnd = ids[i] === known.end;
+    const p = probabilities[i];
     const option = make("span", { role: "option", tabIndex: -1, ariaSelected: "false" });
-    option.append(isEnd ? make("em", { textContent: i ? "the end" : "the beginning" }) : text.replace("\n", "↵\n") || "·");
+    const bound = make("em", { textContent: i ? "the end" : "the beginning" });
+    option.append(ids[i] === known.end ? bound : text.replace("\n", "↵\n") || "·");
     option.className = p === null ? "first" : i < read ? "given" : "told";
     option.title = p === null ? "nothing came before it" : percent(p);
     if (p !== null) option.style.setProperty("--p", `${100 * p}%`);
     return option;
   });
   $("#tokens").replaceChildren(...options);
-  const word = firstWordOfSeveral(texts);
-  const example = word && ` Here “${word.join("").trim()}” is ${word.length}: “${word.map((piece) => piece.trim()).join("” + “")}”.`;
-  say($("#pieces"), `Tokens are not words: a common word is one, with the space before it; others are put together of pieces.${example ?? ""}`);
+  const word = firstWordOfSeveral(texts).map((piece) => piece.trim());
+  const sum = word.map((piece) => `“${piece}”`).join(" + ");
+  say($("#pieces"), word.length ? `Here “${word.join("")}” is ${word.length}: ${sum}.` : "");
 }
 
 function firstWordOfSeveral(texts) {
@@ -364,7 +377,7 @@ function firstWordOfSeveral(texts) {
     if (goesOn) words.at(-1).push(text);
     else words.push([text]);
   }
-  return words.find((word) => word.length > 1);
+  return words.find((word) => word.length > 1) ?? [];
 }
 
 function choose(option, focused = false) {
@@ -382,17 +395,22 @@ function choose(option, focused = false) {
 }
 
 async function showChoice() {
-  const signal = newLook(), { ids, texts, chosen, read, layer } = inside;
+  const signal = newLook();
+  const { ids, chosen, read, layer } = inside;
   $("#choice").hidden = chosen === 0;
   if (chosen === 0) return say($("#looking"), "Nothing came before the first token to choose by.");
-  const answer = await askInside("likeliest", { ids: ids.slice(0, chosen + 1), index: chosen }, signal);
+  const asked = { ids: ids.slice(0, chosen + 1), index: chosen };
+  const answer = await askInside("likeliest", asked, signal);
   if (!answer) return;
   const { likeliest, told, start } = await answer.json();
   if (signal.aborted) return;
   $("#place").replaceChildren("In the place of ", spelled(chosen));
-  say($("#taken"), `The ten tokens that the model found likeliest here, and which of them ${chosen < read ? "you wrote" : "came"}: the longer the bar, the likelier. Temperature, top-k and top-p come only after this.`);
+  say($("#who"), chosen < read ? "you wrote" : "came");
   const bars = likeliest.map(([id, text, p]) => bar(spell(id, text), p, id === ids[chosen]));
-  if (told[0] > likeliest.length) bars.push(bar(spelled(chosen), told[1], true, `no. ${told[0].toLocaleString("en")}: `));
+  const [rank, p] = told;
+  if (rank > likeliest.length) {
+    bars.push(bar(spelled(chosen), p, true, `no. ${rank.toLocaleString("en")}: `));
+  }
   $("#bars").replaceChildren(...bars);
   const seen = ids.slice(start, chosen);
   const weights = await askInside("attention", { ids: seen, layer: layer - 1 }, signal);
@@ -403,9 +421,8 @@ async function showChoice() {
 function bar(token, p, isTold, rank = "") {
   const length = make("s");
   length.style.width = `${100 * p}%`;
-  const row = make("li", {}, token, make("span", {}, length), make("b", { textContent: rank + percent(p) }));
-  row.className = isTold ? "told" : "";
-  return row;
+  const number = make("b", { textContent: rank + percent(p) });
+  return make("li", { className: isTold ? "told" : "" }, token, make("span", {}, length), number);
 }
 
 function showHeads(weights, start, length) {
@@ -420,10 +437,14 @@ function showHeads(weights, start, length) {
 function showHead(head, weights, start, length) {
   const last = weights.subarray(-length);
   const share = (row, column) => weights[row * length + column] / 65535;
-  const map = draw(weights, length, "map"), strip = draw(last, length, "strip");
+  const map = draw(weights, length, "map");
+  const strip = draw(last, length, "strip");
   const most = [...last.keys()].sort((a, b) => last[b] - last[a]).slice(0, 3);
   const caption = make("figcaption", {}, `Head ${head}: `);
-  most.forEach((i, n) => caption.append(n ? ", " : "", spelled(start + i), ` ${(100 * share(length - 1, i)).toFixed(0)} %`));
+  for (const i of most) {
+    if (i !== most[0]) caption.append(", ");
+    caption.append(spelled(start + i), ` ${(100 * share(length - 1, i)).toFixed(0)} %`);
+  }
   map.role = strip.role = "img";
   map.ariaLabel = `What head ${head} took from where; arrow keys name the tokens`;
   strip.ariaLabel = `The last row of head ${head}`;
@@ -435,15 +456,19 @@ function showHead(head, weights, start, length) {
   const name = (row, column) => {
     const inRange = (i) => Math.max(0, Math.min(length - 1, i));
     cell = { row: inRange(row), column: inRange(column) };
-    const at = spelled(start + cell.row), from = spelled(start + cell.column);
+    const at = spelled(start + cell.row);
+    const from = spelled(start + cell.column);
     const p = percent(share(cell.row, cell.column));
-    hint.replaceChildren(...(cell.column > cell.row ? [from, " comes after ", at] : ["at ", at, ": ", p, " from ", from]));
+    if (cell.column > cell.row) hint.replaceChildren(from, " comes after ", at);
+    else hint.replaceChildren("at ", at, `: ${p} from `, from);
   };
-  const place = (event) => Math.floor((event.offsetX / event.target.clientWidth) * length);
-  map.onpointermove = (event) => name(Math.floor((event.offsetY / map.clientHeight) * length), place(event));
-  strip.onpointermove = (event) => name(length - 1, place(event));
+  const cellOf = (offset, size) => Math.floor((offset / size) * length);
+  map.onpointermove = ({ offsetX, offsetY }) => {
+    name(cellOf(offsetY, map.clientHeight), cellOf(offsetX, map.clientWidth));
+  };
+  strip.onpointermove = ({ offsetX }) => name(length - 1, cellOf(offsetX, strip.clientWidth));
   map.onkeydown = (event) => {
-    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const step = STEPS[event.key];
     if (!step) return;
     event.preventDefault();
     name(cell.row + step[0], cell.column + step[1]);
@@ -454,7 +479,8 @@ function showHead(head, weights, start, length) {
 function draw(weights, columns, className) {
   const rows = weights.length / columns;
   const canvas = make("canvas", { width: columns, height: rows, className });
-  const context = canvas.getContext("2d"), picture = context.createImageData(columns, rows);
+  const context = canvas.getContext("2d");
+  const picture = context.createImageData(columns, rows);
   for (let row = 0; row < rows; row++) {
     const most = Math.max(...weights.subarray(row * columns, (row + 1) * columns));
     for (let i = row * columns; i < (row + 1) * columns; i++) {
@@ -497,7 +523,8 @@ $("#tokens").onclick = (event) => {
   if (option) choose(option, true);
 };
 $("#tokens").onkeydown = (event) => {
-  const options = [...$("#tokens").children], at = options.indexOf(document.activeElement);
+  const options = [...$("#tokens").children];
+  const at = options.indexOf(document.activeElement);
   const forward = getComputedStyle($("#tokens")).direction === "rtl" ? "ArrowLeft" : "ArrowRight";
   const backward = forward === "ArrowLeft" ? "ArrowRight" : "ArrowLeft";
   const to = { Home: 0, End: options.length - 1, [backward]: at - 1, [forward]: at + 1 }[event.key];
