@@ -5,7 +5,7 @@ BIN = .venv/bin
 DEMO = --data_dir data/demo
 BEST = --checkpoint checkpoints/demo/StoryGPT_best.pt
 
-.PHONY: demo app test lint
+.PHONY: demo app check test lint
 
 demo: .venv/requirements
 	rm -rf data/demo checkpoints/demo
@@ -23,8 +23,13 @@ app: .venv/requirements-app
 		--gguf none --dry_run --output_dir checkpoints/demo/published
 	$(BIN)/python space/app.py --model checkpoints/demo/published --open
 
+# What a change to the core needs, in half a minute; `make test` is everything.
+CORE = anchor batches config kernels model optimizer readers token_files tokenizer
+check: .venv/requirements-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(CORE:%=tests/test_%.py)
+
 test: .venv/requirements-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .

@@ -9,11 +9,11 @@ from typing import Literal, get_args
 
 OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-PresetName = Literal["storygpt", "demo", "gpt2"]
+PresetName = Literal["demo", "3m", "10m", "30m", "storygpt", "gpt2"]
 
 
 def may_change(default):
-    """Declare a field in which a resumed run may differ: it says when and where, not what."""
+    """Declares a field in which a resumed run may differ: it says when and where, not what."""
     return field(default=default, metadata={"may_change": True})
 
 
@@ -54,8 +54,9 @@ class TrainingConfig:
     """Micro-batches in one step, over all processes; each has one in memory at a time."""
     max_steps: int = 50_000
     """Steps in the whole run."""
-    warmup_steps: int = 1_000
-    """Steps in which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises linearly to its peak; None takes 1,000, or a tenth of
+    max_steps where that is less."""
     learning_rate: float | None = None
     """Peak learning rate; None takes 3e-4 for adamw and 2 / n_embd for muon."""
     min_lr: float | None = None
@@ -93,8 +94,8 @@ class TrainingConfig:
         """Raises InputError where the numbers do not fit together."""
         check_training_config(self)
 
-    def with_learning_rates(self, n_embd: int) -> "TrainingConfig":
-        """The same recipe, its learning rates chosen where they are None.
+    def filled_in(self, n_embd: int) -> "TrainingConfig":
+        """Returns the same recipe with numbers for what is None, for a model of that width.
 
         Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
         """
@@ -107,17 +108,20 @@ class TrainingConfig:
                 raise InputError(f"there is no learning rate for {self.optimizer}: pass one")
         peak = chosen if self.learning_rate is None else self.learning_rate
         least = peak / 10 if self.min_lr is None else self.min_lr
-        return replace(self, learning_rate=peak, min_lr=least)
+        warmup = self.warmup_steps
+        warmup = min(1_000, self.max_steps // 10) if warmup is None else warmup
+        return replace(self, learning_rate=peak, min_lr=least, warmup_steps=warmup)
 
 
 MAY_CHANGE = frozenset(f.name for f in fields(TrainingConfig) if f.metadata.get("may_change"))
 
 
 def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
-    """The shape and the recipe of a preset. Raises InputError where there is none of that name."""
+    """Returns the shape and the recipe of a preset, by size: docs/training.md says what to expect.
+
+    Raises InputError where there is none of that name.
+    """
     match name:
-        case "storygpt":
-            return GPTConfig(), TrainingConfig()
         case "demo":
             gpt = GPTConfig(
                 vocab_size=4096,
@@ -142,11 +146,38 @@ def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
                 dtype="float32",
             )
             return gpt, training
+        case "3m":
+            gpt = GPTConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=192, dropout=0.0)
+            return gpt, TrainingConfig(
+                batch_size=32,
+                gradient_accumulation_steps=1,
+                max_steps=37_000,
+                optimizer="muon",
+            )
+        case "10m":
+            gpt = GPTConfig(vocab_size=8192, n_layer=6, n_head=5, n_embd=320, dropout=0.0)
+            return gpt, TrainingConfig(
+                batch_size=64,
+                gradient_accumulation_steps=1,
+                max_steps=31_000,
+                optimizer="muon",
+            )
+        case "30m":
+            gpt = GPTConfig(n_layer=6, n_head=6, n_embd=384)
+            return gpt, TrainingConfig(
+                batch_size=64,
+                gradient_accumulation_steps=2,
+                max_steps=31_000,
+                optimizer="muon",
+            )
+        case "storygpt":
+            return GPTConfig(), TrainingConfig()
         case "gpt2":
             gpt = GPTConfig(context_length=1024, n_layer=12, n_head=12, n_embd=768)
             return gpt, TrainingConfig()
         case _:
-            raise InputError(f"there is no preset {name}: pass one of {get_args(PresetName)}")
+            known = ", ".join(get_args(PresetName))
+            raise InputError(f"there is no preset {name}: pass one of {known}")
 
 
 # --- Checks ---
@@ -205,10 +236,11 @@ def check_training_config(config: TrainingConfig) -> None:
         ("max_steps", 1),
         ("eval_interval", 1),
         ("eval_iters", 1),
-        ("warmup_steps", 0),
         ("keep_interval", 0),
     ):
         check_whole(name, getattr(config, name), least)
+    if config.warmup_steps is not None:
+        check_whole("warmup_steps", config.warmup_steps, 0)
     check_whole("seed", config.seed, 0, 2**63 - 1)
     for name in ("beta1", "beta2"):
         check_fraction(name, getattr(config, name))
@@ -222,10 +254,10 @@ def check_training_config(config: TrainingConfig) -> None:
         raise InputError("story_windows must be between 0 and 1")
     check_choice("optimizer", config.optimizer, get_args(OptimizerName))
     check_choice("dtype", config.dtype, get_args(Precision))
-    if config.warmup_steps >= config.max_steps:
+    if config.warmup_steps is not None and config.warmup_steps >= config.max_steps:
         raise InputError(
             f"warmup_steps {config.warmup_steps} leaves nothing of max_steps {config.max_steps}: "
-            f"pass --warmup_steps {config.max_steps // 10}"
+            f"leave it out, or pass --warmup_steps {config.max_steps // 10}"
         )
     if None not in (config.min_lr, config.learning_rate) and config.min_lr > config.learning_rate:
         raise InputError(f"min_lr {config.min_lr} is above learning_rate {config.learning_rate}")

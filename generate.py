@@ -88,7 +88,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
     import torch
 
     from model import check_sampling
-    from storygpt.telling import generators, prompt_ids
+    from storygpt.generation import generators, prompt_ids
     from storygpt.tokenizer import TextStream, load_tokenizer
 
     tokenizer = load_tokenizer(model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it tells a story.
+"""GPT-2 (Radford et al., 2019) in plain PyTorch: the model first, then how it generates.
 
 Published beside the checkpoint, so it imports torch and `config` only. Layers have the names of
 GPT-2's own checkpoints. B is the batch, T the tokens of a row, N = B · T, V = vocab_size,
@@ -40,7 +40,7 @@ def written_out_attention(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
-    """The same y by torch's fused kernel, or written out for a torch that has none."""
+    """The same y by torch's fused kernel; written out, as in the reference, for a torch without."""
     if hasattr(F, "scaled_dot_product_attention"):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
     return written_out_attention(q, k, v, dropout_p, is_causal)[0]
@@ -52,7 +52,7 @@ class CausalSelfAttention(nn.Module):
     With a `cache` (see `KVCache`), the T tokens of `x` follow those in it, and are added to it.
     """
 
-    # `speed_up_training` puts in another way to the same y where that is faster.
+    # storygpt/kernels.py may put in another way to it; with dropout its draws differ.
     attention = staticmethod(attention)
 
     def __init__(self, config: GPTConfig):
@@ -79,7 +79,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:  # the keys and values of all tokens so far
             k, v = cache.append(k, v)
-        # A single query is the newest token, which may look at every key there is.
+        # Several tokens are the first ones, each of which sees those up to itself; a single one is
+        # the newest, which may look at every key there is.
         y = self.attention(q, k, v, dropout, is_causal=T > 1)
         # the heads side by side again: (B, n_head, T, d) to (B, T, C)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -125,7 +126,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class GPT(nn.Module):
     """A decoder-only transformer with learned positions and tied input and output embeddings."""
 
-    # `speed_up_training` puts in another way to the same number, without (N, V) logits in memory.
+    # storygpt/kernels.py may put in another way to it, without (N, V) logits in memory.
     loss_function = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig):
@@ -137,7 +138,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        self.apply(self._init_weights)  # children before parents
+        self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std
@@ -145,7 +146,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, CausalSelfAttention | MLP):
+        if isinstance(module, CausalSelfAttention | MLP):  # `apply` comes to children before it
             # 2 * n_layer of these add up in the residual stream: its variance holds at any depth.
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
@@ -215,7 +216,7 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, self.loss_function(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    # --- Telling a story ---
+    # --- Generation ---
 
     def new_cache(self) -> list[KVCache]:
         """An empty cache for one batch: one KVCache per block."""
@@ -337,10 +338,12 @@ def sample(
         return logits.argmax(-1, keepdim=True)
     vocab_size = logits.size(-1)
     ids = torch.arange(vocab_size, device=logits.device).expand_as(logits)
-    if (top_k or vocab_size) < vocab_size or (top_p or 1) < 1:  # top_p needs them in order
+    fewer_tokens = top_k is not None and top_k < vocab_size
+    less_than_all = top_p is not None and top_p < 1
+    if fewer_tokens or less_than_all:  # top_p needs them in order
         logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))
     probabilities = (logits.float() / temperature).softmax(-1)
-    if (top_p or 1) < 1:
+    if less_than_all:
         before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     # The argmax of p / exponential noise is a draw from p, normalized or not (the Gumbel-max

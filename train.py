@@ -48,7 +48,8 @@ class FirstFlags:
     """What the defaults of all other flags depend on."""
 
     preset: PresetName | None = None
-    """Where all other defaults come from: storygpt, the 57M reference; demo, small; gpt2, 124M."""
+    """Where all other defaults come from, by size: demo, 3m, 10m, 30m, storygpt (57M, the reference
+    and the default), gpt2 (124M); docs/training.md says which for which machine."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for checkpoints, metrics.jsonl and loss_plot.png."""
     resume: bool = False
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def parse_arguments() -> Beginning:
-    """Read the command line, and what it says to resume or to start from.
+    """Reads the command line, and what it says to resume or to start from.
 
     Raises InputError where a run would be overwritten or changed.
     """
@@ -131,7 +132,7 @@ def parse_arguments() -> Beginning:
         gpt = start.config
     defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
     arguments = cli.parse_flags(Arguments, defaults)
-    training = arguments.training.with_learning_rates(arguments.gpt.n_embd)
+    training = arguments.training.filled_in(arguments.gpt.n_embd)
     arguments = replace(arguments, training=training)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
@@ -146,7 +147,7 @@ def parse_arguments() -> Beginning:
 
 
 def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
-    """Make what a new or a resumed run trains with. Raises InputError."""
+    """Makes what a new or a resumed run trains with. Raises InputError."""
     arguments, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
     processes = Processes()
@@ -194,7 +195,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
 
 
 def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
-    """Return what a new run will keep for good, or a resumed one has kept."""
+    """Returns what a new run will keep for good, or a resumed one has kept."""
     arguments, latest, start = beginning
     new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
     if not latest:
@@ -211,7 +212,7 @@ def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
 
 
 def train(setting: Setting, state: TrainState) -> int:
-    """Train to the last step, or until there is a reason to stop; return the exit status."""
+    """Trains to the last step, or until there is a reason to stop; returns the exit status."""
     arguments, processes = setting.arguments, setting.processes
     config, directory = arguments.training, arguments.checkpoint_dir
     compiled = machine.compile_model(state.model, config.compile, setting.device)
@@ -287,7 +288,7 @@ def train(setting: Setting, state: TrainState) -> int:
 def train_step(
     setting: Setting, state: TrainState, model: nn.Module, stop: Stop | None
 ) -> tuple[dict, Stop | None]:
-    """Make one optimizer update; return its line of metrics.jsonl, and whether any process stops
+    """Makes one optimizer update; returns its line of metrics.jsonl, and whether any process stops
     after it, given whether this one does.
 
     `model` is state.model, perhaps compiled and wrapped.
@@ -323,7 +324,7 @@ def train_step(
 
 
 def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool = False) -> float:
-    """Return the mean loss in nats a token over `num_batches` validation batches.
+    """Returns the mean loss in nats a token over `num_batches` validation batches.
 
     The processes share them, unless this one validates `alone`.
     """
@@ -340,7 +341,7 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
 
 
 def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
-    """Raise InputError where a step without an evaluation has ruined the weights, before they are
+    """Raises InputError where a step without an evaluation has ruined the weights, before they are
     saved: its train_loss is of those before it."""
     glance = {"val_loss": validate(setting, state.model, num_batches=1, alone=True)}
     arguments = setting.arguments
@@ -354,7 +355,7 @@ def evaluate_start(
     folder: RunFolder | None,
     log: Log | None,
 ) -> None:
-    """Evaluate step 0 of a run that starts from another's weights: what they know of this data."""
+    """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
     loss = validate(setting, model, config.eval_iters)
     state.val_loss = state.best_val_loss = loss
@@ -371,8 +372,8 @@ def evaluate_start(
 
 
 def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
-    """Lock the run's folder, save a first checkpoint so that a bad disk is found now, and say what
-    the run will be."""
+    """Locks the run's folder, saves a first checkpoint so that a bad disk is found now, and says
+    what the run will be."""
     arguments, directory = setting.arguments, setting.arguments.checkpoint_dir
     config, folder = arguments.training, RunFolder(directory)
     metrics = folder.open(state.step)
@@ -400,7 +401,7 @@ def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
 
 
 def banner(setting: Setting, model: GPT) -> str:
-    """Say in a line what is trained, where, and on how much."""
+    """Says in a line what is trained, where, and on how much."""
     batches, processes = setting.batches, setting.processes
     epochs = setting.arguments.training.max_steps / batches.steps_per_epoch
     return (
@@ -411,7 +412,7 @@ def banner(setting: Setting, model: GPT) -> str:
 
 
 def save(setting: Setting, state: TrainState, folder: RunFolder, names: list[str]) -> None:
-    """Save the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
+    """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
     arguments, facts = setting.arguments, setting.facts
     checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)

@@ -8,6 +8,7 @@ from storygpt import cli
 if __name__ == "__main__":
     cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
+import json
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ from typing import Literal
 
 from config import InputError, check_whole
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
-from storygpt.files import writing
+from storygpt.files import EVALUATION, writing
 from storygpt.hub import find_token, is_hub_id, publish
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
@@ -141,14 +142,26 @@ def fill(template: str, **values) -> str:
     return Template(re.sub(parts, kept, template, flags=re.DOTALL)).substitute(values)
 
 
+def read_report(path: Path, step: int, data: str) -> dict:
+    """Reads what evaluate.py wrote of the weights of `step` and the data with that fingerprint.
+
+    Empty where it wrote nothing to `path`, or of others.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return report if (report["step"], report["data"]) == (step, data) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, beside: Path):
     """The repo's README.md as a huggingface_hub ModelCard; `meta` may be empty."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from storygpt.generation import PROMPT, generate_stories
+    from storygpt.judging.measures import story_table
     from storygpt.kernels import pack_linears
-    from storygpt.measures import read_report, story_table
     from storygpt.sources import BUILTIN
-    from storygpt.telling import PROMPT, tell
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe, step = (checkpoint[k] for k in ("gpt_config", "training_config", "step"))
@@ -176,8 +189,8 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, beside
     )
     seeds = range(arguments.seed, arguments.seed + 3)
     pack_linears(model)  # as generate.py does
-    told = zip(seeds, tell(model, PROMPT, seeds), strict=True)
-    report = read_report(beside / "evaluation.json", step, meta and data_fingerprint(meta))
+    told = zip(seeds, generate_stories(model, PROMPT, seeds), strict=True)
+    report = read_report(beside / EVALUATION, step, meta and data_fingerprint(meta))
     counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
     body = fill(
         CARD.read_text(encoding="utf-8"),

@@ -23,8 +23,8 @@ from storygpt.checkpoint import load_model
 from storygpt.cli import command_line, parse_flags, run
 from storygpt.device import use_device
 from storygpt.files import write_atomically
-from storygpt.losses import logits_of, story_losses
-from storygpt.measures import NUM_RESAMPLES
+from storygpt.judging.measures import NUM_RESAMPLES
+from storygpt.judging.story_losses import logits_of, story_losses
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens, split_stories
 from storygpt.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
 
@@ -101,7 +101,7 @@ def open_theirs(name: str, device: torch.device) -> Model:
         getattr(model.config, "max_position_embeddings", 2048),
         start,
         encode,
-        lambda idx: model(idx, use_cache=False).logits,
+        lambda idx: model(idx.to(device), use_cache=False).logits,
     )
 
 
@@ -127,11 +127,15 @@ def open_tokenizer(name: str, vocab_size: int) -> tuple[int, Callable[[str], lis
         return ours.eot_token, ours.encode_ordinary
 
 
-def score(model: Model, texts: list[str], batch_size: int, device: torch.device) -> dict:
+def score(model: Model, texts: list[str], batch_size: int) -> dict:
     """A line of the table: bits a byte of all `texts`, and its 95 % interval over them."""
     stories = [np.array(model.encode(text)) for text in texts]
     nats = story_losses(
-        model.logits, stories, model.start, model.context_length, batch_size, device
+        model.logits,
+        stories,
+        end_of_text=model.start,
+        context_length=model.context_length,
+        batch_size=batch_size,
     )
     bits, sizes = nats / math.log(2), np.array([len(text.encode()) for text in texts])
     draws = np.random.default_rng(0).integers(len(texts), size=(NUM_RESAMPLES, len(texts)))
@@ -187,7 +191,7 @@ def main() -> None:
         try:
             ours = name.endswith(".pt")
             model = open_ours(Path(name), device) if ours else open_theirs(name, device)
-            lines[name] = score(model, texts, arguments.batch_size, device)
+            lines[name] = score(model, texts, arguments.batch_size)
         except NotHereError as error:
             missing[name] = str(error)
     print(f"{of['num_stories']:,} held-out stories of {arguments.data_dir}, each alone\n")

@@ -120,7 +120,7 @@ def storygpt_step(setting: Setting, x: Tensor, y: Tensor, compiled: bool) -> Cal
     """The step of train.py."""
     model = GPT(setting.gpt).to(setting.device).train()
     speed_up_training(model, setting.device)
-    recipe = TrainingConfig().with_learning_rates(setting.gpt.n_embd)
+    recipe = TrainingConfig().filled_in(setting.gpt.n_embd)
     optimizer = Optimizer(model, recipe, setting.device, setting.dtype)
     forward = torch.compile(model) if compiled else model
 
@@ -212,36 +212,36 @@ def measure_training(setting: Setting) -> dict:
     return result
 
 
-# --- Decoding: a contender takes a prompt and how many tokens to tell ---
+# --- Decoding: a contender takes a prompt and how many tokens to generate ---
 
 
-def storygpt_teller(setting: Setting) -> Callable[[Tensor, int], Tensor]:
-    """As generate.py tells."""
+def storygpt_decoder(setting: Setting) -> Callable[[Tensor, int], Tensor]:
+    """As generate.py generates."""
     model = GPT(setting.gpt).to(setting.device, setting.dtype).eval()
     pack_linears(model)
     return partial(model.generate, temperature=0.8, top_k=100)
 
 
-def transformers_teller(setting: Setting) -> Callable[[Tensor, int], Tensor]:
+def transformers_decoder(setting: Setting) -> Callable[[Tensor, int], Tensor]:
     """The same sampling with transformers."""
     model = transformers_gpt2(setting.gpt).to(setting.device, setting.dtype).eval()
     model.generation_config.pad_token_id = 0
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 100}
 
-    def tell(prompt: Tensor, number: int) -> Tensor:
+    def decode(prompt: Tensor, number: int) -> Tensor:
         mask, length = torch.ones_like(prompt), {"max_new_tokens": number, "min_new_tokens": number}
         return model.generate(prompt, attention_mask=mask, **length, **sampling)
 
-    return tell
+    return decode
 
 
-TELLERS = {"StoryGPT": storygpt_teller, "transformers": transformers_teller}
+DECODERS = {"StoryGPT": storygpt_decoder, "transformers": transformers_decoder}
 
 
 def measure_decoding(setting: Setting) -> dict:
     on_gpu, count = setting.device.type == "cuda", setting.decode_tokens
     torch.manual_seed(setting.seed)
-    tellers = {name: make(setting) for name, make in TELLERS.items()}
+    decoders = {name: make(setting) for name, make in DECODERS.items()}
     source = torch.ones(2**28 if on_gpu else 2**25, device=setting.device)
     target = torch.ones_like(source)
     copying = take_turns({"copy": lambda: target.copy_(source)}, setting)["copy"]
@@ -251,11 +251,13 @@ def measure_decoding(setting: Setting) -> dict:
     result = {"copy bandwidth, GB/s": bandwidth / 1e9}
     for size in (1, 8, 64, 256)[: 2 if not setting.thorough else 4 if on_gpu else 3]:
         prompt = torch.randint(setting.gpt.vocab_size, (size, 16), device=setting.device)
-        turns = {name: partial(tell, prompt, count) for name, tell in tellers.items()}
+        turns = {name: partial(decode, prompt, count) for name, decode in decoders.items()}
         if size == 1:
-            turns |= {f"{name} first": partial(tell, prompt, 1) for name, tell in tellers.items()}
+            turns |= {
+                f"{name} first": partial(decode, prompt, 1) for name, decode in decoders.items()
+            }
         seconds = take_turns(turns, setting)
-        for name in tellers:
+        for name in decoders:
             result[f"{name}, batch {size}, tokens/s"] = size * count / seconds[name]
             if size == 1:
                 result[f"{name}, first token, ms"] = 1000 * seconds[f"{name} first"]

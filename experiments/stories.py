@@ -1,7 +1,6 @@
 """Script: how stories change over training, or with the sampler, from files that
 `evaluate.py --num_stories N --output FILE.json` wrote: a table and a plot of their rows."""
 
-import io
 import json
 import math
 import sys
@@ -15,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import InputError
 from storygpt.cli import parse_flags, run
-from storygpt.files import write_atomically
-from storygpt.measures import ROWS, story_table
+from storygpt.files import save_figure
+from storygpt.judging.measures import ROWS, story_table
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ def draw(reports: list[dict], over: str, column: str, path: Path) -> None:
         axes.set_axis_off()
     panels[0].legend(fontsize=8)
     figure.supxlabel(over)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(figure, path, dpi=100)
 
 
 def main() -> None:

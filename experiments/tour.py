@@ -29,10 +29,10 @@ from model import GPT
 from storygpt.batches import Batches
 from storygpt.checkpoint import build_model, load_checkpoint
 from storygpt.files import METRICS, save_figure
+from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.judging.measures import find_names, sentences
 from storygpt.kernels import pack_linears
-from storygpt.measures import find_names, sentences
 from storygpt.metrics import parse_metrics, smoothed
-from storygpt.telling import tell
 from storygpt.token_files import load_meta, load_tokens
 from storygpt.tokenizer import load_tokenizer
 
@@ -252,7 +252,8 @@ def show_stories(model: GPT, story: Story) -> None:
     stop(f"11: sampling, from {prompt!r}")
     pack_linears(model)  # as generate.py does
     for temperature in (0.0, 0.8, 1.5):
-        ((text, _),) = tell(model, prompt, [SEED], temperature=temperature)
+        settings = GenerationSettings(temperature=temperature)
+        ((text, _),) = generate_stories(model, prompt, [SEED], settings)
         print(f"temperature {temperature}:{text.removeprefix(prompt)}")
 
 

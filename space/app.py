@@ -62,7 +62,7 @@ class Published:
 
     @property
     def config(self):
-        """The model's GPTConfig."""
+        """Returns the model's GPTConfig."""
         return self.model.config
 
     @property
@@ -71,31 +71,31 @@ class Published:
 
     @property
     def openings(self) -> list[str]:
-        """How the stories it learned from begin most often, the commonest first."""
+        """Returns how the stories it learned from begin most often, the commonest first."""
         known = (self.record.get("data") or {}).get("openings") or [(OPENING, 1)]
         return [text for text, _ in known]
 
     def batch(self, rows: list[list[int]]) -> Tensor:
-        """Rows of ids as int64, where the model is."""
+        """Returns rows of ids as int64, where the model is."""
         return torch.tensor(rows, device=self.model.wte.weight.device)
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt's ids; a story from nothing begins after an end-of-text."""
+        """Returns a prompt's ids; a story from nothing begins after an end-of-text."""
         return self.tokenizer.encode(prompt).ids or [self.end_of_text]
 
     def text(self, ids: list[int]) -> str:
-        """What `ids` spell, without end-of-text."""
+        """Returns what `ids` spell, without end-of-text."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def default_model() -> str | None:
-    """The model named in this Space's README.md."""
+    """Returns the model named in this Space's README.md."""
     models = (metadata_load(HERE / "README.md") or {}).get("models")
     return models[0] if models else None
 
 
 def title(folder: Path) -> str:
-    """What its model card calls the model in a folder, else the folder's own name."""
+    """Returns what its card calls the model in a folder, else the folder's own name."""
     card = folder / "README.md"
     models = card.is_file() and (metadata_load(card) or {}).get("model-index")
     return models[0]["name"] if models else folder.resolve().name
@@ -176,7 +176,7 @@ class Story:
     state: str = "telling"  # or "the end", "length reached"
 
     def news(self, published: Published) -> list:
-        """[ids, text] that the page does not have yet, and the state."""
+        """Returns ids and text that the page does not have yet, and the state."""
         text = published.text(self.ids)
         if self.state == "telling":
             text = text.rstrip("\ufffd")  # half a character waits for the rest
@@ -227,7 +227,7 @@ def generate(published: Published, wish: Wish, every: float = SHOWN_EVERY) -> It
 
 
 def windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]:
-    """How `GPT.stream` reads a story of `length` tokens: (start, first, last) of each window.
+    """Yields how `GPT.stream` reads a story of `length` tokens: each window's (start, first, last).
 
     The tokens first to last - 1 are told by a model that has read those from `start` on. When the
     context is full, its last half is read again.
@@ -240,12 +240,12 @@ def windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]:
 
 
 def window_start(index: int, context_length: int) -> int:
-    """Where the window begins in which token `index`, at least 1, was told."""
+    """Returns where the window begins in which token `index`, at least 1, was told."""
     return next(w[0] for w in windows(index + 1, context_length) if index < w[2])
 
 
 def pieces(published: Published, ids: list[int]) -> list[str]:
-    """What each token spells; of a character of several tokens the last has it, the others ""."""
+    """Returns what each token spells: a character of several tokens is its last one's."""
     texts, begun = [], 0
     for i in range(len(ids)):
         text = published.text(ids[begun : i + 1])
@@ -257,7 +257,7 @@ def pieces(published: Published, ids: list[int]) -> list[str]:
 
 @torch.no_grad()
 def token_probabilities(published: Published, ids: list[int]) -> list[float | None]:
-    """The probability that each token had in its place; None for the first, which had no before."""
+    """Returns the probability of each token in its place, None for the first."""
     found: list[float | None] = [None]
     for start, first, last in windows(len(ids), published.config.context_length):
         logits, _ = published.model(published.batch([ids[start : last - 1]]))
@@ -269,7 +269,7 @@ def token_probabilities(published: Published, ids: list[int]) -> list[float | No
 
 @torch.no_grad()
 def likeliest(published: Published, ids: list[int], index: int) -> dict[str, object]:
-    """The ten tokens that the model expected most in the place of ids[index], at least 1.
+    """Finds the ten tokens that the model expected most in the place of ids[index], at least 1.
 
     Returns {likeliest: [[id, text, probability], ...], told: [rank from 1, probability], start:
     where what it had read begins}; the probabilities are before temperature and filters.
@@ -291,9 +291,9 @@ def likeliest(published: Published, ids: list[int], index: int) -> dict[str, obj
 
 @torch.no_grad()
 def attention(published: Published, ids: list[int], layer: int) -> bytes:
-    """How much each of T ids takes from each in one layer's heads, in 65,535ths.
+    """Returns how much each of T ids takes from each in one layer's heads, in 65,535ths.
 
-    Returns n_head x T x T little-endian uint16.
+    They are n_head x T x T little-endian uint16.
     """
     weights = published.model.attention_weights(published.batch([ids]), layer)[0]
     return (weights.float() * 65_535).round().cpu().numpy().astype("<u2").tobytes()
@@ -307,7 +307,7 @@ def link(place: str, text: str) -> str:
 
 
 def about(published: Published) -> str:
-    """One sentence, as HTML: what the page shows, who trained it on what, as far as it is known."""
+    """Says in a sentence of HTML what the model is and who trained it on what, as far as known."""
     owner, _, title = published.name.rpartition("/")
     name = link(published.name, title) if owner else escape(title)
     data = published.record.get("data") or {}
@@ -323,7 +323,7 @@ def about(published: Published) -> str:
 
 
 def setting(name: str, schema: dict) -> str:
-    """A field of the page's settings as HTML, of what pydantic says of it."""
+    """Makes a field of the page's settings of what pydantic says of it, as HTML."""
     whole = schema["type"] == "integer"
     kind, step = ("number", 1) if whole else ("range", 0.01)
     output = "" if whole else f'<output for="{name}">{schema["default"]}</output>'
@@ -337,7 +337,7 @@ def setting(name: str, schema: dict) -> str:
 
 
 def render(published: Published) -> str:
-    """The page, with the story that greets whoever comes first: told once, then replayed."""
+    """Makes the page, with the story that greets whoever comes: told once, then replayed."""
     config, opening = published.config, published.openings[0]
     wish = Wish(prompt=opening)
     story = list(generate(published, wish, every=0))
@@ -402,7 +402,7 @@ class Door:
 
 
 def build_server(published: Published) -> gr.Server:
-    """The page and what it asks for. Nothing is kept of a visitor but a place in the queue."""
+    """Serves the page and what it asks for; keeps nothing of a visitor but a place in the queue."""
     from config import InputError
 
     server, html, config = gr.Server(), render(published), published.config

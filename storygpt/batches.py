@@ -76,7 +76,7 @@ class Batches:
         return starts
 
     def story_starts(self, step: int, positions: range, starts: np.ndarray) -> np.ndarray:
-        """Move a share `story_windows` of `starts` back to where their story starts.
+        """Moves a share `story_windows` of `starts` back to where their story starts.
 
         Half of these to the end-of-text before it and half behind that, because prompts come with
         and without one.

@@ -179,7 +179,7 @@ class Start(NamedTuple):
 
 
 def load_start(path: Path) -> Start:
-    """Read a model to start from. Raises InputError as `load_model` does."""
+    """Reads a model to start from. Raises InputError as `load_model` does."""
     path = Path(path)
     if not (path.exists() or is_on_the_hub(path)):
         raise InputError(

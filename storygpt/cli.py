@@ -26,7 +26,7 @@ STARTED = time.monotonic()
 
 
 def end_quietly_on_interrupt() -> None:
-    """Have Ctrl-C end the process without a word, until `run` takes over."""
+    """Has Ctrl-C end the process without a word, until `run` takes over."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may ignore it
         signal.signal(signal.SIGINT, _exit_130)
 
@@ -36,7 +36,7 @@ def _exit_130(*_) -> None:
 
 
 def parse_flags(arguments: type, default=None, **options):
-    """Parse the command line as an instance of the dataclass `arguments`; `options` are tyro.cli's.
+    """Parses the command line into the dataclass `arguments`; `options` are tyro.cli's.
 
     Flags are the field names, of nested dataclasses too, with underscores; their help is the
     field docstrings. Exits with status 2 where they do not fit.
@@ -48,25 +48,25 @@ def parse_flags(arguments: type, default=None, **options):
 
 
 def parse_first(arguments: type):
-    """Return the flags of `arguments` alone: those on which the defaults of the others depend."""
+    """Returns the flags of `arguments` alone: those on which the defaults of the others depend."""
     found, _ = parse_flags(arguments, return_unknown_args=True, add_help=False)
     return found
 
 
 def progress_bar(**options):
-    """Make a tqdm bar that redraws itself in a terminal, and rarely where a log keeps each line."""
+    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all."""
     from tqdm import tqdm
 
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
 def one_line(error: Exception) -> str:
-    """Return what an exception says, without line breaks; its kind where it says nothing."""
+    """Returns what an exception says, without line breaks; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def command_line(script: str, **flags) -> str:
-    """Write `python SCRIPT --flag value ...` as a shell takes it."""
+    """Writes `python SCRIPT --flag value ...` as a shell takes it."""
     words = ["python", script]
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -74,7 +74,7 @@ def command_line(script: str, **flags) -> str:
 
 
 def listen_for_signals(launched: bool) -> list[int]:
-    """Return a list that takes the signals that ask to stop: Ctrl-C, SIGTERM and SIGHUP.
+    """Returns a list that takes the signals that ask to stop: Ctrl-C, SIGTERM and SIGHUP.
 
     A second Ctrl-C ends the process at once; but not a process that torchrun has `launched`, whose
     launcher passes on what a terminal or a scheduler has sent to all of them already.
@@ -115,12 +115,12 @@ class _Unfailing:
 
 
 def never_stop_for_output() -> None:
-    """Let what cannot be printed from here on be lost, and nothing else with it."""
+    """Lets what cannot be printed from here on be lost, and nothing else with it."""
     sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether the machine or the GPU had no memory; torch raises RuntimeErrors on CPUs."""
+    """Tells whether the machine or the GPU had no memory; torch raises RuntimeErrors on CPUs."""
     kind, message = type(error).__name__, str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
@@ -129,7 +129,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advice_on_memory(config: TrainingConfig) -> InputError:
-    """Say how a run that did not fit into memory needs less of it."""
+    """Says how a run that did not fit into memory needs less of it."""
     size, steps = config.batch_size, config.gradient_accumulation_steps
     factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
     if factor == 1:
@@ -143,7 +143,7 @@ def advice_on_memory(config: TrainingConfig) -> InputError:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` as a script's body: no traceback for what the user can mend or meant to do."""
+    """Calls `main` as a script's body: no traceback for what the user can mend or meant to do."""
     if signal.getsignal(signal.SIGINT) is _exit_130:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
@@ -173,13 +173,13 @@ def run(main: Callable[[], None]) -> None:
 
 
 def drop_output() -> None:
-    """Send what is left in stdout's buffer nowhere: Python would try again, and complain, as it
+    """Sends what is left in stdout's buffer nowhere: Python would try again, and complain, as it
     ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str) -> None:
-    """End the script with one sentence and status 1.
+    """Ends the script with one sentence and status 1.
 
     Of a node's processes under torchrun one speaks for all, as all say the same.
     """

@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 
 
 def use_device(name: str = "auto") -> torch.device:
-    """Return the named device, or for `auto` the first of cuda, mps and cpu.
+    """Returns the named device, or for `auto` the first of cuda, mps and cpu.
 
     Also makes it torch's current device and allows TF32 for its products of float32. Raises
     InputError where it is not to be had here.

@@ -15,7 +15,7 @@ Stop = Literal["signal", "time"]  # what a run is stopped for before its last st
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Tell whether another process of this run is gone: gloo has no error of its own for that."""
+    """Tells whether another process of this run is gone: gloo has no error of its own for that."""
     return isinstance(error, dist.DistError) or "by peer" in str(error)
 
 
@@ -54,7 +54,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, number: int) -> range:
-        """Return this process's part of `number` micro-batches.
+        """Returns this process's part of `number` micro-batches.
 
         Raises InputError where they do not divide among the processes.
         """
@@ -67,7 +67,7 @@ class Processes:
         return range(self.rank * size, (self.rank + 1) * size)
 
     def meet(self, device: torch.device) -> torch.device:
-        """Wait for the others, where torchrun started them; return this process's device.
+        """Waits for the others, where torchrun started them; returns this process's device.
 
         Raises InputError where a process has no GPU of its own, or they cannot meet on them.
         """
@@ -104,25 +104,25 @@ class Processes:
         return device
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Return `model` with gradients averaged over all processes in each backward pass."""
+        """Returns `model` with gradients averaged over all processes in each backward pass."""
         if not self.launched:
             return model
         devices = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
 
     def average_next_backward(self, model: nn.Module, now: bool) -> None:
-        """Tell a wrapped model whether its next backward pass averages: once a step is enough."""
+        """Tells a wrapped model whether its next backward pass averages: once a step is enough."""
         if self.launched:
             model.require_backward_grad_sync = now
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over all processes, in place."""
+        """Sums `values` over all processes, in place."""
         if self.launched:
             dist.all_reduce(values)
         return values
 
     def agree(self, values: list[Tensor], stop: Stop | None) -> tuple[list[float], Stop | None]:
-        """Return the means of () float32 `values` over all processes, and whether they stop.
+        """Returns the means of () float32 `values` over all processes, and whether they stop.
 
         All stop for what one of them has to stop for; a signal goes before the clock. The one
         synchronization of host and device in a step.
@@ -135,6 +135,6 @@ class Processes:
         return means, wished[0] if wished else None
 
     def part(self) -> None:
-        """End what `meet` began."""
+        """Ends what `meet` began."""
         if self.launched:
             dist.destroy_process_group()

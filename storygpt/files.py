@@ -18,13 +18,13 @@ META = "meta.json"  # of a data folder
 
 
 def step_name(step: int) -> str:
-    """Name the file that `--keep_interval` keeps of `step`."""
+    """Names the file that `--keep_interval` keeps of `step`."""
     return f"StoryGPT_step_{step:06}.pt"
 
 
 @contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Say in one sentence, an InputError, that `path` could not be written, and what mends that."""
+    """Says in an InputError that `path` could not be written, and what mends that."""
     try:
         yield
     except OSError as error:
@@ -34,7 +34,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`: no reader sees half a file.
+    """Lets `write` fill a temporary file, then renames it to `path`: no reader sees half a file.
 
     Raises InputError where the disk is full or the folder cannot be written; an older `path`
     stays as it was.
@@ -67,7 +67,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
-    """Write a matplotlib figure as a PNG. Raises InputError as `write_atomically` does."""
+    """Writes a matplotlib figure as a PNG. Raises InputError as `write_atomically` does."""
     image = io.BytesIO()
     # without the version of matplotlib, so that the same picture is the same file
     figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
@@ -75,10 +75,15 @@ def save_figure(figure, path: Path, dpi: int) -> None:
 
 
 def refuse_pointers(paths: list[Path]) -> None:
-    """Raise InputError where git has left the pointer to a large file instead of the file."""
+    """Raises InputError where git has left the pointer to a large file instead of the file, or one
+    cannot be read."""
     for path in paths:
-        with path.open("rb") as file:
-            if file.read(60).startswith(b"version https://git-lfs.github.com/spec/"):
-                raise InputError(
-                    f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
-                )
+        try:
+            with path.open("rb") as file:
+                start = file.read(60)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        if start.startswith(b"version https://git-lfs.github.com/spec/"):
+            raise InputError(
+                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
+            )

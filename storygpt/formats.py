@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import GPTConfig, InputError, TrainingConfig
 from storygpt.files import refuse_pointers
-from storygpt.telling import TEMPERATURE, TOP_K
+from storygpt.generation import DEFAULTS
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
@@ -334,7 +334,7 @@ def config_files(checkpoint: dict) -> dict[str, str]:
         # what a GPT-2 config has no field for, and a checkpoint has
         "storygpt": {"bias": config.bias} | known,
     }
-    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
+    sampling = {"do_sample": True, "temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k}
     generation = ids | sampling | {"max_length": config.context_length}
     return {"config.json": to_json(shape), "generation_config.json": to_json(generation)}
 

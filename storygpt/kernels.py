@@ -88,7 +88,7 @@ def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causa
 
 
 def speed_up_training(model: GPT, device: torch.device) -> None:
-    """Put into the model what computes the same in less time or memory on this device."""
+    """Puts into the model what computes the same in less time or memory on this device."""
     # Inside a compiled graph the chunks' products would be put off until all chunks are in memory
     # at once. (Not a decorator: it loads the compiler, a second that only training has to wait.)
     model.loss_function = torch.compiler.disable(chunked_cross_entropy)
@@ -119,7 +119,7 @@ class _PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Has oneDNN pack the weights of all linear layers of a model that will only tell stories.
+    """Has oneDNN pack the weights of all linear layers of a model that will only generate.
 
     For a few rows a CPU spends longer on arranging a weight than on multiplying by it; packed, it
     is arranged once and not at every token. One way: the model cannot be trained or saved after

@@ -15,8 +15,8 @@ from model import GPT
 from storygpt.cli import command_line, one_line, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.files import BEST, FINAL, PLOT
+from storygpt.generation import GenerationSettings, generate_stories
 from storygpt.metrics import draw_loss_plot
-from storygpt.telling import tell
 
 Tracker = Literal["none", "wandb", "trackio"]
 
@@ -24,7 +24,7 @@ Tracker = Literal["none", "wandb", "trackio"]
 def start_tracker(
     name: Tracker, settings: dict, run_id: str, directory: Path
 ) -> Callable[[dict], None]:
-    """Return a callable that sends an entry of metrics.jsonl to `wandb` or `trackio`, or nowhere.
+    """Returns a callable that sends an entry of metrics.jsonl to `wandb` or `trackio`, or nowhere.
 
     `run_id` is the run's own, so that a resumed run goes on under its name.
     A tracker that fails later costs one warning and no more entries. Raises InputError where it is
@@ -100,7 +100,7 @@ class Log:
             print(f"could not show the run: {one_line(error)}", file=sys.stderr)
 
     def add(self, entry: dict) -> None:
-        """Show an entry of metrics.jsonl."""
+        """Shows an entry of metrics.jsonl."""
         self.metrics.append(entry)
         self._attempt(self._show, entry)
         self._attempt(self.track, entry)
@@ -108,11 +108,12 @@ class Log:
             self._attempt(draw_loss_plot, self.metrics, self.plot)
 
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
-        """Add the first 60 tokens of a story, generated from nothing, to an entry."""
+        """Adds the first 60 tokens of a story, generated from nothing, to an entry."""
         self._attempt(self._add_sample, entry, model, seed)
 
     def _add_sample(self, entry: dict, model: GPT, seed: int) -> None:
-        ((story, _),) = tell(model, "", [seed], max_new_tokens=60)
+        settings = GenerationSettings(max_new_tokens=60)
+        ((story, _),) = generate_stories(model, "", [seed], settings)
         entry["sample"] = " ".join(story.split())
 
     def _show(self, entry: dict) -> None:
@@ -137,7 +138,7 @@ class Log:
             self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}".rstrip())
 
     def finished(self, best_val_loss: float) -> str:
-        """Say what a run that has made its last step leaves."""
+        """Says what a run that has made its last step leaves."""
         directory = self.plot.parent
         return (
             f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
@@ -145,7 +146,7 @@ class Log:
         )
 
     def stopped(self, data_dir: Path, tracker: str) -> str:
-        """Say how a run that has more steps to make goes on."""
+        """Says how a run that has more steps to make goes on."""
         flags = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
         if tracker != "none":
             flags["tracker"] = tracker

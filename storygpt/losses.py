@@ -1,12 +1,10 @@
-"""How well a model predicts: the mean loss of a sample of a split or of all of it, and the loss of
-each story alone, which compares models of any vocabulary and context."""
+"""How well a model predicts: the mean loss of a sample of a split, or of all of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from model import GPT
 from storygpt.batches import cut_windows, validation_starts
@@ -75,69 +73,3 @@ def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int
             total += loss.item() * y.size
             bar.update(y.size)
     return total / len(tokens)
-
-
-# --- Each story alone ---
-
-IGNORED = -100  # a target that is not scored
-
-
-def logits_of(model: GPT) -> Callable[[Tensor], Iterator[Tensor]]:
-    """`model` as `story_losses` takes it: (B, T) ids to (T, vocab_size) logits, row by row."""
-    return lambda idx: (model.lm_head(row) for row in model.hidden(idx))
-
-
-def story_windows(
-    ids: np.ndarray, end_of_text: int, context_length: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets, (T,) int64, that score every one of a story's (tokens,) ids once.
-
-    The story stands alone after an end-of-text. A window slides on by half the context, so that
-    what the first does not reach is predicted from half a context at least.
-    """
-    inputs, targets = np.append(end_of_text, ids[:-1]), np.array(ids)
-    first = scored = 0
-    while scored < len(ids):
-        y = targets[first : first + context_length].astype(np.int64)
-        y[: scored - first] = IGNORED
-        yield inputs[first : first + context_length], y
-        scored, first = first + context_length, first + max(1, context_length // 2)
-
-
-@torch.no_grad()
-def story_losses(
-    logits: Callable[[Tensor], Iterable[Tensor]],
-    stories: Sequence[np.ndarray],
-    end_of_text: int,
-    context_length: int,
-    batch_size: int,
-    device: torch.device,
-) -> np.ndarray:
-    """The nats of each story, (tokens,) ids without end-of-text, alone after one: (stories,)
-    float64, the sum over its tokens.
-
-    `logits` gives (B, T) int64 ids' logits, a (T, vocab_size) tensor a row. Divided by the UTF-8
-    bytes of the stories' text, the sum compares models of any vocabulary and context.
-    """
-    windows = [
-        (story, x, y)
-        for story, ids in enumerate(stories)
-        for x, y in story_windows(ids, end_of_text, context_length)
-    ]
-    windows.sort(key=lambda window: len(window[1]))  # a batch is as wide as its longest row
-    nats = np.zeros(len(stories))
-    with progress_bar(total=len(windows), unit=" windows", desc="scoring", leave=False) as bar:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            idx = np.full((len(batch), len(batch[-1][1])), end_of_text)
-            for row, (_, x, _) in zip(idx, batch, strict=True):
-                row[: len(x)] = x  # what follows is after all that is scored: causal, no mask
-            rows = logits(to_device(idx, device))
-            for row, (story, _, y) in zip(rows, batch, strict=True):
-                y = to_device(y, device)
-                loss = F.cross_entropy(
-                    row[: len(y)].float(), y, ignore_index=IGNORED, reduction="sum"
-                )
-                nats[story] += loss.item()
-            bar.update(len(batch))
-    return nats

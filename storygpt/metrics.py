@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, and the plot of it."""
+"""What a run leaves to read: metrics.jsonl, and the plot of it."""
 
 import json
 import math

@@ -173,7 +173,7 @@ class RunFolder:
             save_checkpoint(self.directory / name, whole)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises InputError where it could not be written."""
+        """Waits until what was saved is on disk. Raises InputError where that failed."""
         self.pending_save.result()
 
 

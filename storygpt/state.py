@@ -39,7 +39,7 @@ class TrainState:
     saved_step: int = 0
 
     def checkpoint(self, gpt: GPTConfig, training: TrainingConfig, facts: RunFacts) -> dict:
-        """Return what every checkpoint holds."""
+        """Returns what every checkpoint holds."""
         return {
             "gpt_config": gpt,
             "training_config": training,
@@ -50,7 +50,7 @@ class TrainState:
         }
 
     def resume_state(self, facts: RunFacts) -> dict:
-        """Return what StoryGPT_latest.pt holds beside it."""
+        """Returns what StoryGPT_latest.pt holds beside it."""
         return {
             "best_val_loss": self.best_val_loss,
             "skipped_steps": self.skipped_steps,
@@ -59,7 +59,7 @@ class TrainState:
         }
 
     def load(self, latest: dict, path: Path) -> None:
-        """Go on from a StoryGPT_latest.pt read from `path`.
+        """Goes on from a StoryGPT_latest.pt read from `path`.
 
         Raises InputError where something is lacking or does not fit.
         """
@@ -77,7 +77,7 @@ class TrainState:
             ) from error
 
     def stop_if_diverged(self, entry: dict, directory: Path, config: TrainingConfig) -> None:
-        """Raise InputError, before anything is saved, where training has gone wrong for good.
+        """Raises InputError, before anything is saved, where training has gone wrong for good.
 
         `entry` is what metrics.jsonl would say of the step.
         """
@@ -96,6 +96,6 @@ class TrainState:
 
 
 def check_resumable(checkpoint: dict) -> None:
-    """Raise InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
+    """Raises InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
     if not {"data", "dtype"} <= checkpoint.keys():
         raise InputError("it holds weights alone, or is of an older version")

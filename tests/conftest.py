@@ -1,10 +1,13 @@
 """Fixtures: tiny prepared data, a tiny trained run, and scripts run as a user runs them."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.pop("PYTHONUNBUFFERED", None)  # users have none, and output fails elsewhere without
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-identical runs, and no contest for the cores
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+
+from config import GPTConfig, TrainingConfig  # noqa: E402
+from model import GPT  # noqa: E402
+from storygpt.builtin_stories import sample_stories  # noqa: E402
+from storygpt.checkpoint import load_model, save_checkpoint  # noqa: E402
+from storygpt.token_files import SplitWriter, install  # noqa: E402
+from storygpt.tokenizer import load_tokenizer  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -124,6 +135,88 @@ def python(*arguments, timeout: float = 300, **keywords) -> subprocess.Completed
     return subprocess.run(command, **keywords)
 
 
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, which is strict JSON."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=no_json) for line in lines]
+
+
+def no_json(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def wait_for_step(process, folder: Path, step: int) -> None:
+    """Waits until a run that a test has started has written the line of that step."""
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.002)
+
+
+def losses_of(folder) -> list[float]:
+    """The train loss of every step of a run."""
+    return [line.get("train_loss") for line in metrics_of(folder)]
+
+
+def entries(number: int, first: int = 1) -> list[dict]:
+    """Lines of metrics.jsonl: a loss that falls, evaluated every fifth step, best at the tenth."""
+    lines = []
+    for step in range(first, first + number):
+        line = {"step": step, "tokens": 1_000 * step, "train_loss": 5 / step}
+        line |= {"tokens_per_second": 500.0, "epoch": step / 100}
+        if step % 5 == 0:
+            line["val_loss"] = 2 + abs(step - 10) / 10
+        lines.append(line)
+    return lines
+
+
+SMALL = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=8)
+
+
+def new_checkpoint(**changes) -> dict:
+    """What save_checkpoint takes, of a SMALL model with seeded weights."""
+    torch.manual_seed(0)
+    return {
+        "gpt_config": SMALL,
+        "training_config": TrainingConfig(),
+        "model_state_dict": GPT(SMALL).state_dict(),
+        "step": 7,
+        "val_loss": 1.5,
+    } | changes
+
+
+@pytest.fixture
+def flags(data_dir, tmp_path) -> list:
+    """The flags of a new tiny run in tmp_path / "run"."""
+    return [*TINY, "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+
+
+@pytest.fixture
+def copy_of_run(run_dir, tmp_path) -> Path:
+    """A finished run of 20 steps that a test may spoil."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def set_up(data_dir, tmp_path, monkeypatch):
+    """set_up(*flags) -> what `train.py` trains with, of a new tiny run in tmp_path / "run"."""
+    import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+
+    def made(*flags):
+        folders = ["--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *folders, *flags])
+        return train.set_up(train.parse_arguments())
+
+    yield made
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def data_dir(script, tmp_path_factory) -> Path:
     """The built-in stories in a vocabulary of 512."""
@@ -141,6 +234,66 @@ def run_dir(script, data_dir, tmp_path_factory) -> Path:
     result = script("train.py", *TINY, "--data_dir", data_dir, "--checkpoint_dir", folder)
     assert result.code == 0, result.output
     return folder
+
+
+def write_data(folder: Path, **stories: list[str]) -> dict:
+    """Token files of the `train` and `validation` stories in a vocabulary of 512; returns what
+    their meta.json says."""
+    counts, scratch, tokenizer = {}, folder / "scratch", load_tokenizer(512)
+    scratch.mkdir()
+    for split, texts in stories.items():
+        writer = SplitWriter(scratch / f"{split}.bin")
+        ids = [token for text in texts for token in [*tokenizer.encode_ordinary(text), 511]]
+        writer.write(np.array(ids, "<u2"))
+        writer.count(len(texts), sum(len(text.encode()) for text in texts))
+        counts[split] = writer.close()
+    meta = {"vocab_size": 512, "end_of_text": 511, "dataset": "builtin", "splits": counts}
+    install(scratch, folder, meta)
+    return meta
+
+
+def sharp_checkpoint(context_length: int) -> dict:
+    """One with sharp random weights, so that what it reads matters."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(context_length=context_length, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    weights = {"gpt_config": model.config, "model_state_dict": model.state_dict()}
+    return weights | {"training_config": TrainingConfig(), "step": 7, "val_loss": 3.0}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> SimpleNamespace:
+    """60 stories and two models, `short` and `long`: one is too short for a story."""
+    folder, texts = tmp_path_factory.mktemp("small"), list(sample_stories(60, seed=3))
+    meta = write_data(folder, train=texts[:48], validation=texts[48:])
+    for name, context_length in (("short", 64), ("long", 280)):
+        save_checkpoint(folder / f"{name}.pt", sharp_checkpoint(context_length))
+    return SimpleNamespace(
+        folder=folder,
+        meta=meta,
+        train=texts[:48],
+        validation=texts[48:],
+        model=lambda name: load_model(folder / f"{name}.pt")[0],
+    )
+
+
+@torch.no_grad()
+def nats_of_windows(
+    model, ids: list[int], context_length: int, step: int, start: int = 511
+) -> float:
+    """Nats of `ids` after `start`, by windows of the context that move by `step`: the first counts
+    whole, each other its last `step`."""
+    stream, total = torch.tensor([start, *ids]), 0.0
+    for end in range(context_length, context_length + len(ids), step):
+        x, y = stream[end - context_length : end], stream[end - context_length + 1 : end + 1]
+        losses = -model(x[None, : len(y)])[0][0].log_softmax(-1)[range(len(y)), y]
+        total += losses[0 if end == context_length else context_length - step :].sum().item()
+        if end >= len(ids):
+            break
+    return total
 
 
 @pytest.fixture(scope="session")

@@ -2,105 +2,25 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
-from conftest import python
+from conftest import nats_of_windows, python
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from config import InputError
 from experiments.baselines import Model, open_tokenizer, read_earlier, score
-from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import load_checkpoint
 from storygpt.formats import tokenizer_files, write_folder
-from storygpt.losses import story_losses, story_windows
 from storygpt.token_files import load_meta, load_tokens, split_stories
 from storygpt.tokenizer import load_tokenizer
 
 
-def per_story_nats(model, ids: list[int], start: int, context_length: int) -> float:
-    """The same by transformers' own loss: a mean over the labels that are not -100."""
-    stream, total, scored, first = [start, *ids], 0.0, 1, 0
-    while scored < len(stream):
-        # labels are shifted inside the model: a window of the context and one more
-        window = stream[first : first + context_length + 1]
-        labels = [-100 if first + i < scored else token for i, token in enumerate(window)]
-        logits = model(torch.tensor([window[:-1]])).logits
-        shifted = torch.tensor([labels[1:]])
-        loss = model.loss_function(
-            logits, None, vocab_size=model.config.vocab_size, shift_labels=shifted
-        )
-        total += loss.item() * int((shifted != -100).sum())
-        scored = first + len(window)
-        first += context_length // 2
-    return total
+def gpt2(vocab_size: int, context_length: int) -> GPT2LMHeadModel:
+    shape = {"n_positions": context_length, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **shape)).eval()
 
-
-def gpt2(vocab_size: int, context_length: int):
-    config = GPT2Config(
-        vocab_size=vocab_size, n_positions=context_length, n_embd=32, n_layer=2, n_head=2
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def gpt_neo(vocab_size: int, context_length: int):
-    config = GPTNeoConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=context_length,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        attention_types=[[["global", "local"], 1]],
-        window_size=16,
-    )
-    return GPTNeoForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize(
-    ("build", "vocab_size", "context_length"), [(gpt2, 300, 48), (gpt_neo, 700, 128)]
-)
-def test_each_story_alone_agrees_with_transformers(build, vocab_size, context_length):
-    torch.manual_seed(0)
-    model, tokenizer = build(vocab_size, context_length), load_tokenizer(vocab_size)
-    for parameter in model.parameters():  # far from uniform, so that windows matter
-        parameter.data *= 3
-    texts = [*sample_stories(4), "Hi.", "The end" * 200]
-    stories = [np.array(tokenizer.encode_ordinary(text)) for text in texts]
-    assert min(map(len, stories)) < context_length < max(map(len, stories)) / 3
-    alone = (tokenizer.eot_token, context_length)
-    nats = story_losses(lambda idx: model(idx).logits, stories, *alone, 4, torch.device("cpu"))
-    with torch.no_grad():
-        expected = [per_story_nats(model, ids.tolist(), *alone) for ids in stories]
-    num_bytes = sum(len(text.encode()) for text in texts)
-    assert nats == pytest.approx(expected, rel=1e-5)
-    assert nats.sum() / num_bytes == pytest.approx(sum(expected) / num_bytes, abs=1e-5)
-
-
-@pytest.mark.parametrize("context_length", [1, 2, 5, 8, 40])
-def test_every_token_of_a_story_is_scored_once(context_length):
-    ids = np.arange(1, 30)
-    scored = []
-    for x, y in story_windows(ids, 0, context_length):
-        assert len(x) == len(y) <= context_length
-        own = y != -100
-        assert np.array_equal(x[own] + 1, y[own])
-        if scored and context_length > 1:  # from half a context at least
-            assert own.argmax() >= context_length // 2
-        scored += y[own].tolist()
-    assert scored == ids.tolist()
-    assert list(story_windows(ids[:0], 0, context_length)) == []
-
-
-# --- The script ---
 
 BASELINES = "experiments.baselines.py"  # as the fork server finds it
 
@@ -140,27 +60,27 @@ def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
     meta = load_meta(data_dir, 512)
     stories = split_stories(load_tokens(data_dir, "validation", meta, 1), meta["end_of_text"])
     texts = [load_tokenizer(512).decode(stories[i * len(stories) // 5].tolist()) for i in range(5)]
-    theirs, gpt2_tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(50257)
-    with torch.no_grad():
-        nats = [
-            per_story_nats(theirs, load_tokenizer(512).encode_ordinary(t), 511, 64) for t in texts
-        ]
-    bits = sum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
-    assert kept[str(folder)]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
-    low, high = kept[str(folder)]["interval"]
-    assert low < bits < high
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    with torch.no_grad():
-        nats = [per_story_nats(plain, gpt2_tokenizer.encode_ordinary(t), 50256, 64) for t in texts]
-    bits = sum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
-    assert kept[str(tmp_path / "plain")]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    for name, vocab_size in ((folder, 512), (tmp_path / "plain", 50257)):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), load_tokenizer(vocab_size)
+        nats = sum(
+            nats_of_windows(
+                model, tokenizer.encode_ordinary(text), context_length=64, step=32,
+                start=tokenizer.eot_token,
+            )
+            for text in texts
+        )  # fmt: skip
+        bits = nats / math.log(2) / num_bytes
+        assert kept[str(name)]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+        low, high = kept[str(name)]["interval"]
+        assert low < bits < high
 
 
 def test_bits_are_counted_by_bytes():
     """Of a model that knows nothing of bytes: 8 bits for each."""
     texts = ["Zoé ran.", "“Là!”", "The end."]
     model = Model(0, 256, 4, 0, lambda text: [*text.encode()], lambda x: torch.zeros(*x.shape, 256))
-    line = score(model, texts, 2, torch.device("cpu"))
+    line = score(model, texts, 2)
     assert [line["bits_per_byte"], *line["interval"]] == pytest.approx([8, 8, 8])
 
 

@@ -1,11 +1,12 @@
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import get_args
 
 import pytest
 from conftest import ROOT
 
-from config import GPTConfig, InputError, TrainingConfig, preset
+from config import GPTConfig, InputError, PresetName, TrainingConfig, preset
 
 # The reference's own table, field by field, and what it leaves to us: GPT-2's initialization and
 # betas, and how often to save.
@@ -18,26 +19,29 @@ REFERENCE = {
     "eval_iters": 100, "save_minutes": 10.0, "keep_interval": 0, "dtype": "auto", "device": "auto",
     "compile": None, "seed": 1337,
 }  # fmt: skip
-# The demo's 1,500 steps of 1,536 tokens were fitted to it: experiments/RESULTS.md.
-DEMO = REFERENCE | {
-    "vocab_size": 4096, "context_length": 192, "n_layer": 2, "n_embd": 128, "dropout": 0.0,
-    "init_std": 0.09, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1_500,
-    "warmup_steps": 50, "learning_rate": 8e-3, "min_lr": 2e-4, "weight_decay": 0.01,
-    "story_windows": 0.75, "eval_interval": 150, "eval_iters": 10, "dtype": "float32",
-}  # fmt: skip
-# GPT-2's smallest, of Radford et al., 2019, trained by the same recipe.
-GPT2 = REFERENCE | {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 
 
-@pytest.mark.parametrize(
-    ("name", "table"), [("storygpt", REFERENCE), ("demo", DEMO), ("gpt2", GPT2)]
-)
-def test_presets_are_the_tables(name, table):
-    gpt, training = preset(name)
-    chosen = asdict(gpt) | asdict(training.with_learning_rates(gpt.n_embd))
-    assert chosen.pop("min_lr") == pytest.approx(table["min_lr"])  # a tenth of 3e-4 has rounding
-    assert chosen == {key: value for key, value in table.items() if key != "min_lr"}
-    assert (asdict(GPTConfig()) | asdict(TrainingConfig())).keys() == table.keys()
+def test_the_default_is_the_reference():
+    gpt, training = preset("storygpt")
+    assert (gpt, training) == (GPTConfig(), TrainingConfig())
+    chosen = asdict(gpt) | asdict(training.filled_in(gpt.n_embd))
+    assert chosen.pop("min_lr") == pytest.approx(REFERENCE["min_lr"])  # a tenth of 3e-4, rounded
+    assert chosen == {key: value for key, value in REFERENCE.items() if key != "min_lr"}
+
+
+def test_every_preset_is_complete_and_another_name_is_refused():
+    for name in get_args(PresetName):
+        gpt, training = preset(name)
+        assert training.filled_in(gpt.n_embd).learning_rate > 0
+    with pytest.raises(InputError, match="there is no preset large"):
+        preset("large")
+
+
+def test_an_optimizer_of_another_name_gets_no_learning_rate():
+    recipe = TrainingConfig()
+    object.__setattr__(recipe, "optimizer", "sgd")  # as one whose checks somebody forgot
+    with pytest.raises(InputError, match="sgd"):
+        recipe.filled_in(512)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +55,8 @@ def test_presets_are_the_tables(name, table):
         (GPTConfig, {"dropout": float("nan")}, "dropout must be"),
         (GPTConfig, {"init_std": -0.02}, "init_std must be at least 0"),
         (GPTConfig, {"bias": "no"}, "bias must be True or False"),
-        (TrainingConfig, {"max_steps": 300}, "pass --warmup_steps 30"),
-        (TrainingConfig, {"max_steps": 1_000}, "leaves nothing of max_steps 1000"),
+        (TrainingConfig, {"max_steps": 300, "warmup_steps": 300}, "pass --warmup_steps 30"),
+        (TrainingConfig, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
         (TrainingConfig, {"eval_iters": 0}, "eval_iters must be a whole number of at least 1"),
         (
             TrainingConfig,
@@ -72,13 +76,19 @@ def test_mistakes_are_named(kind, fields, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_warm_up_left_out_is_a_tenth_of_a_short_run():
+    for steps, warmup in ((5, 0), (300, 30), (10_000, 1_000), (50_000, 1_000)):
+        assert TrainingConfig(max_steps=steps).filled_in(512).warmup_steps == warmup
+    assert TrainingConfig(max_steps=300, warmup_steps=7).filled_in(512).warmup_steps == 7
+
+
 def test_learning_rates_are_chosen_by_optimizer_and_for_muon_by_width():
-    chosen = TrainingConfig().with_learning_rates(512)
+    chosen = TrainingConfig().filled_in(512)
     assert (chosen.learning_rate, chosen.min_lr) == (3e-4, pytest.approx(3e-5))  # the reference's
     muon = TrainingConfig(optimizer="muon")
-    rates = [muon.with_learning_rates(n).learning_rate for n in (64, 128, 256, 512)]
+    rates = [muon.filled_in(n).learning_rate for n in (64, 128, 256, 512)]
     assert rates == [2 / 64, 2 / 128, 2 / 256, 2 / 512]
-    given = TrainingConfig(optimizer="muon", learning_rate=0.01, min_lr=0.0).with_learning_rates(64)
+    given = TrainingConfig(optimizer="muon", learning_rate=0.01, min_lr=0.0).filled_in(64)
     assert (given.learning_rate, given.min_lr) == (0.01, 0.0)
 
 

@@ -11,7 +11,7 @@ from conftest import TINY
 
 from storygpt.checkpoint import load_checkpoint
 
-CASES = 120
+CASES = 40
 SHORT = [*TINY, "--max_steps", "2", "--warmup_steps", "1", "--eval_interval", "2", "--dropout", "0"]
 
 

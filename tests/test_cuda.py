@@ -123,7 +123,7 @@ def test_a_step_of_the_reference_fits_in_five_gigabytes():
     device = use_device(DEVICE)
     model = GPT(GPTConfig()).to(device).train()
     speed_up_training(model, device)
-    optimizer = Optimizer(model, TrainingConfig().with_learning_rates(512), device, torch.bfloat16)
+    optimizer = Optimizer(model, TrainingConfig().filled_in(512), device, torch.bfloat16)
     forward = torch.compile(model)
     rows = torch.randint(50257, (64, 257), device=device)
     torch.cuda.reset_peak_memory_stats()

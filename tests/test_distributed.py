@@ -10,13 +10,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, losses_of, metrics_of
 
 from config import InputError
 from storygpt import cli
 from storygpt.checkpoint import load_checkpoint
 from storygpt.distributed import Processes
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FLAGS = [*TINY, "--gradient_accumulation_steps", "4", "--dropout", "0.1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -95,24 +96,6 @@ def test_muon_on_two_processes_does_what_it_does_on_one(script, data_dir, tmp_pa
     one, two = (numbers_of(tmp_path / n, "train_loss", "val_loss") for n in ("one", "two"))
     # orthogonalization rounds to bfloat16, so that a last bit of a gradient can become 0.4 %
     assert one == pytest.approx(two, rel=1e-3)
-
-
-def test_all_processes_start_from_the_same_weights(script, data_dir, single, tmp_path):
-    start = ["--init_from", single / "StoryGPT_best.pt", "--max_steps", 6, "--eval_interval", 3]
-    flags = [*FLAGS, *start, "--data_dir", data_dir, "--checkpoint_dir"]
-    result = script("train.py", *flags, tmp_path / "one")
-    assert result.code == 0, result.output
-    codes, outputs = ended(ranks(script, *flags, tmp_path / "two"))
-    assert codes == [0, 0], outputs
-    one, two = (
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    )
-    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(7))
-    assert one[0]["val_loss"] < 6  # of one that knows nothing: ln 512 = 6.2
-    for name in ("train_loss", "val_loss"):
-        ours, theirs = ([line[name] for line in lines if name in line] for lines in (one, two))
-        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_two_processes_do_what_one_does_and_one_goes_on_where_two_stopped(
@@ -221,3 +204,65 @@ def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
             Processes().meet(torch.device("cuda"))
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_leftover_world_size_changes_nothing(script, flags, run_dir, tmp_path):
+    result = script("train.py", *flags, WORLD_SIZE="2", LOCAL_RANK="1")
+    assert result.code == 0, result.output
+    assert losses_of(tmp_path / "run") == losses_of(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0"}, "without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (dict.fromkeys(LAUNCHED, "x"), "no numbers in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT"),
+        (dict.fromkeys(LAUNCHED, "3") | {"LOCAL_RANK": "0"}, "RANK 3 is not below WORLD_SIZE 3"),
+    ],
+)
+def test_a_launcher_that_says_half_is_named(environment, says, fails, flags):
+    fails("train.py", *flags, says=says, **environment)
+
+
+def test_the_second_node_tells_its_mistake_too(script, flags):
+    environment = dict(zip(LAUNCHED, ("1", "0", "2", "127.0.0.1", "1"), strict=True))
+    for local_rank, heard in (("0", True), ("1", False)):
+        environment["LOCAL_RANK"] = local_rank
+        result = script("train.py", *flags, "--device", "tpu", **environment)
+        assert result.code == 1 and ("is no device" in result.output) == heard
+
+
+def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train.py", *map(str, flags), "--max_steps", "5000"]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    path = tmp_path / "run" / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 5:
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    for pid in [launcher.pid, *map(int, workers.stdout.split())]:
+        os.kill(pid, signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    last = metrics_of(tmp_path / "run")[-1]["step"]
+    assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == last < 5000
+
+
+def test_all_processes_start_from_the_same_weights(script, data_dir, single, tmp_path):
+    start = ["--init_from", single / "StoryGPT_best.pt", "--max_steps", 6, "--eval_interval", 3]
+    flags = [*FLAGS, *start, "--data_dir", data_dir, "--checkpoint_dir"]
+    result = script("train.py", *flags, tmp_path / "one")
+    assert result.code == 0, result.output
+    codes, outputs = ended(ranks(script, *flags, tmp_path / "two"))
+    assert codes == [0, 0], outputs
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(7))
+    assert one[0]["val_loss"] < 6  # of one that knows nothing: ln 512 = 6.2
+    for name in ("train_loss", "val_loss"):
+        ours, theirs = ([line[name] for line in lines if name in line] for lines in (one, two))
+        assert ours == pytest.approx(theirs, rel=1e-5)

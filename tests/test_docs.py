@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import torch
 from conftest import ROOT, python
 
 import train
-from config import GPTConfig
+from config import PresetName, preset
 from model import GPT
 from storygpt import cli
 from storygpt.builtin_stories import sample_stories
@@ -76,7 +77,7 @@ def parse(name: str, flags: list[str], monkeypatch) -> None:
 def test_commands_parse(path, monkeypatch):
     found = commands(read(path))
     started = [what for words in found if (what := script_and_flags(words))]
-    assert started or not found
+    assert started or {words[0] for words in found} <= {"make"}
     for name, flags in started:
         assert (ROOT / name).is_file(), name
         try:
@@ -284,20 +285,21 @@ def test_links_lead_somewhere():
                 assert anchor in headings(read(linked)), target
 
 
-def test_the_table_of_sizes_counts_as_the_model_does():
-    row = r"^\| ([\d.]+) M .*?\| (\d+) (\d+) (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|"
+def test_the_table_of_sizes_is_that_of_the_presets_and_counts_as_the_model_does():
+    row = (
+        r"^\| ([\d.]+) M \(`--preset (\w+)`.*?\) "
+        r"\| (\d+) (\d+) (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|"
+    )
     rows = re.findall(row, read(ROOT / "docs/training.md").replace(",", ""), re.M)
-    assert len(rows) == 6
-    for millions, n_layer, n_head, n_embd, vocab_size, context_length, mflops in rows:
-        sizes = (vocab_size, context_length, n_layer, n_head, n_embd)
+    assert {name for _, name, *_ in rows} == set(get_args(PresetName))
+    for millions, name, n_layer, n_head, n_embd, vocab_size, context_length, mflops in rows:
+        gpt, _ = preset(name)
+        shape = (gpt.n_layer, gpt.n_head, gpt.n_embd, gpt.vocab_size, gpt.context_length)
+        assert shape == tuple(map(int, (n_layer, n_head, n_embd, vocab_size, context_length)))
         with SkipInit(), torch.device("meta"):
-            model = GPT(GPTConfig(*map(int, sizes)))
+            model = GPT(gpt)
         assert model.num_parameters() / 1e6 == pytest.approx(float(millions), rel=0.01)
         assert model.flops_per_token() / 1e6 == pytest.approx(float(mflops), rel=0.02)
-
-
-def test_the_readme_is_short():
-    assert len(read(ROOT / "README.md").splitlines()) <= 150
 
 
 # --- train.slurm, with stand-ins for Slurm's own commands ---

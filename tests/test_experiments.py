@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, python
+from conftest import TINY, metrics_of, python
 from matplotlib import image
 from matplotlib.figure import Figure
 
@@ -26,10 +26,6 @@ SMALL = (
     "--vocab_size 512 --context_length 32 --n_layer 1 --n_head 2 --n_embd 32 --batch_size 2 "
     "--rounds 1 --decode_tokens 4 --device cpu --dtype float32"
 ).split()
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def rows_of(output: str) -> list[dict]:

@@ -18,8 +18,8 @@ from config import GPTConfig, TrainingConfig
 from model import GPT
 from storygpt.checkpoint import load_model, save_checkpoint
 from storygpt.files import BEST
+from storygpt.generation import GenerationSettings, generate_stories
 from storygpt.kernels import pack_linears
-from storygpt.telling import tell
 from storygpt.tokenizer import TextStream, load_tokenizer
 
 BETWEEN = "\n\n" + "-" * 40 + "\n"
@@ -93,23 +93,15 @@ def test_every_flag_reaches_the_model(flags, changes, tells, run_dir):
     def expected(dtype=torch.float32, **changes) -> str:
         model, _ = load_model(run_dir / "StoryGPT_best.pt")
         pack_linears(model.to(dtype))
-        return BETWEEN.join(story for story, _ in tell(model, **given | changes)) + "\n"
+        settings = given | changes
+        prompt, seeds = settings.pop("prompt"), settings.pop("seeds")
+        told = generate_stories(model, prompt, seeds, GenerationSettings(**settings))
+        return BETWEEN.join(story.text for story in told) + "\n"
 
     told = tells("--prompt", "One day", "--max_new_tokens", 60, *flags.split())
     dtype = torch.bfloat16 if "bfloat16" in flags else torch.float32
     assert told == expected(dtype, **changes)
     assert told != expected(**{} if dtype == torch.float32 else changes)  # it changes something
-
-
-def test_a_story_from_nothing_has_not_ended_before_it_began(endless):
-    model, _ = load_model(endless)
-    assert tell(model, "", [1], 5, temperature=0) == [(" a" * 5, False)]
-
-
-def test_a_story_is_that_of_its_seed_whatever_is_told_beside_it(run_dir):
-    model, _ = load_model(run_dir / "StoryGPT_best.pt")
-    alone = [tell(model, "One day", [seed], 30)[0] for seed in (5, 6, 7)]
-    assert tell(model, "One day", (5, 6, 7), 30) == alone and len(set(alone)) == 3
 
 
 def test_prompt_over_the_context_is_cut_from_the_left_and_says_so(script, run_dir):
@@ -165,7 +157,8 @@ def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(tells, ru
     told = tells(*flags, typed="\nOne day\n\n\nTom 👦\n".encode())
     model, _ = load_model(run_dir / "StoryGPT_best.pt")
     asked = [("Once upon a time", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
-    stories = [tell(model, prompt, [seed], 20)[0][0] for prompt, seed in asked]
+    settings = GenerationSettings(max_new_tokens=20)
+    stories = [generate_stories(model, p, [seed], settings)[0].text for p, seed in asked]
     assert told == "".join(f"> {story}\n" for story in stories) + "> \n"
 
 

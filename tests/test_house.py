@@ -67,10 +67,12 @@ def test_published_files_and_the_token_files_import_little():
 
 
 def test_rooms_of_storygpt_have_no_circle():
+    rooms = {".".join(p.with_suffix("").parts): p for p in modules() if p.parts[0] == "storygpt"}
     edges = {
-        p.stem: {n.split(".")[1] for n in imported(p) if n.startswith("storygpt.")}
-        for p in modules()
-        if p.parts[0] == "storygpt"
+        room: {
+            other for other in rooms if any(f"{n}.".startswith(f"{other}.") for n in imported(p))
+        }
+        for room, p in rooms.items()
     }
     while edges:
         free = {room for room, needs in edges.items() if not needs & edges.keys()}

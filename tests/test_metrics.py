@@ -1,27 +1,11 @@
 """What a run shows of itself: the plot, and its last words."""
 
-import time
-
 import numpy as np
 import pytest
-import torch
+from conftest import entries
 from matplotlib.figure import Figure
 
-from storygpt.cli import progress_bar
-from storygpt.log import Log
 from storygpt.metrics import draw_loss_plot, read_metrics, smoothed
-
-
-def entries(number: int, first: int = 1) -> list[dict]:
-    """Lines of metrics.jsonl: a loss that falls, evaluated every fifth step, best at the tenth."""
-    lines = []
-    for step in range(first, first + number):
-        line = {"step": step, "tokens": 1_000 * step, "train_loss": 5 / step}
-        line |= {"tokens_per_second": 500.0, "epoch": step / 100}
-        if step % 5 == 0:
-            line["val_loss"] = 2 + abs(step - 10) / 10
-        lines.append(line)
-    return lines
 
 
 def test_the_plot_shows_the_curves_and_marks_the_best(tmp_path, monkeypatch):
@@ -55,41 +39,31 @@ def test_metrics_are_cut_to_the_step_that_goes_on(tmp_path, capsys):
     assert [line["step"] for line in read_metrics(path, 100)] == [*range(1, 8)]
 
 
-@pytest.mark.parametrize("status", [0, 130])
-def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys):
-    """Of a run resumed at step 10: what was done before counts neither as tokens nor as time."""
-    before = entries(10)
-    log = Log(before, 10, 90, tmp_path, lambda entry: None, 1.0, torch.device("cpu"), torch.float32)
-    with log:
-        for entry in entries(20, first=11):
-            log.add(entry)
-        log.start = time.monotonic() - 10
-        said = log.stopped(tmp_path / "data", "none") if status else log.finished(2.0)
-    assert "2,000 tokens/s with saves and evaluations" in said
-    assert (f"python train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
-    assert ("best val_loss 2.0000" in said) == (status == 0)
-    assert (tmp_path / "loss_plot.png").exists()
-    # 60 steps are left, of 1,000 tokens at 500 a second
-    assert log.bar.n == 30 and "about 0:02:00 to go at 500 tokens/s" in capsys.readouterr().out
+def test_a_byte_order_mark_loses_no_metrics(script, copy_of_run, data_dir):
+    path = copy_of_run / "metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + before + b'{"step": 21, "tok')  # and half a line
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run)
+    assert result.code == 0, result.output
+    assert path.read_bytes() == before
 
 
-def test_what_only_shows_a_run_ends_none(tmp_path, capsys):
-    def track(entry: dict) -> None:
-        raise ConnectionError("gone\nfor good") if entry["step"] > 1 else TimeoutError
-
-    nowhere = tmp_path / "no" / "folder"  # for the plot
-    log = Log([], 0, 30, nowhere, track, 1.0, torch.device("cpu"), torch.float32)
-    with log:
-        for entry in entries(5):
-            log.add(entry)
-    said = capsys.readouterr().err
-    assert said.count("could not show the run: gone for good\n") == 4
-    assert "could not show the run: TimeoutError" in said and "loss_plot.png cannot be" in said
+# The last is of a step that may come, but not here.
+LINES = ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1, "train_loss": 3.0}']
 
 
-def test_a_log_file_is_not_filled_with_progress(capsys):
-    bar = progress_bar(total=9)
-    for _ in range(3):
-        time.sleep(0.15)
-        bar.update()
-    assert capsys.readouterr().err.count("\r") == 1
+@pytest.mark.parametrize("line", LINES)
+def test_a_spoiled_line_is_named_and_the_file_untouched(line, fails, copy_of_run, data_dir):
+    path = copy_of_run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:6], line, *lines[6:]]) + "\n")
+    before = path.read_bytes()
+    flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run]
+    fails("train.py", *flags, says="line 7 of ")
+    assert path.read_bytes() == before
+
+
+def test_missing_metrics_are_said(script, copy_of_run, data_dir):
+    (copy_of_run / "metrics.jsonl").unlink()
+    result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run)
+    assert result.code == 0 and "metrics.jsonl is missing" in result.output

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.formats import tokenizer_files
-from storygpt.telling import tell
+from storygpt.generation import GenerationSettings, generate_stories
 
 pytest.importorskip("gradio", "6.12")
 FILES = {"app.py", "page.html", "page.css", "page.js", "requirements.txt", "README.md"}
@@ -110,6 +110,12 @@ class Page:
 
 
 SHORT = {"max_new_tokens": 60}
+
+
+def generated(model: GPT, prompt: str, seeds=(1337,), **settings) -> list[str]:
+    """The stories that `generate.py` generates."""
+    settings = GenerationSettings(**settings)
+    return [story.text for story in generate_stories(model, prompt, list(seeds), settings)]
 
 
 def put_together(events) -> list[str]:
@@ -362,7 +368,7 @@ def test_odd_input_is_answered_and_the_server_lives(space):
         "👩‍👩‍👧‍👦 日本\u2028\0",
         "<|endoftext|>",
     ):
-        assert space.stories(prompt) == [tell(space.model, prompt, [1337], 60)[0][0]], prompt
+        assert space.stories(prompt) == generated(space.model, prompt, **SHORT), prompt
     for wish, says in (
         ({"seed": "abc"}, b"valid integer"),
         ({"seed": -1}, b"greater than or equal to 0"),
@@ -410,22 +416,19 @@ def test_whoever_leaves_makes_room_and_too_many_are_told_so(app, space, client, 
 def test_every_setting_is_that_of_generate(app, published):
     model = published.model
 
-    def texts(seeds, *settings, prompt="One day") -> list[str]:
-        names = ("max_new_tokens", "temperature", "top_k", "top_p")
-        wish = dict(zip(names, settings, strict=True))
-        wish |= {"prompt": prompt, "seed": seeds[0], "num_samples": len(seeds)}
-        return put_together(app.generate(published, app.Wish(**wish), every=0))
+    def texts(**settings) -> list[str]:
+        wish = app.Wish(prompt="One day", seed=7, num_samples=3, **settings)
+        return put_together(app.generate(published, wish, every=0))
 
-    settings = (25, 1.3, 9, 0.7)
-    expected = tell(model, "One day", [7, 8, 9], *settings)
-    assert texts([7, 8, 9], *settings) == [text for text, _ in expected]
-    for i, other in enumerate((24, 0.8, 2, 0.1)):
-        changed = (*settings[:i], other, *settings[i + 1 :])
-        assert tell(model, "One day", [7, 8, 9], *changed) != expected
-        assert texts([7, 8, 9], *changed) == [
-            t for t, _ in tell(model, "One day", [7, 8, 9], *changed)
-        ]
-    assert texts([7], 25, 1.3, 0, 1) == [tell(model, "One day", [7], 25, 1.3, None)[0][0]]
+    settings = {"max_new_tokens": 25, "temperature": 1.3, "top_k": 9, "top_p": 0.7}
+    expected = generated(model, "One day", (7, 8, 9), **settings)
+    assert texts(**settings) == expected
+    for name, other in zip(settings, (24, 0.8, 2, 0.1), strict=True):
+        changed = settings | {name: other}
+        others = generated(model, "One day", (7, 8, 9), **changed)
+        assert others != expected and texts(**changed) == others
+    expected = generated(model, "One day", (7, 8, 9), **settings | {"top_k": None, "top_p": None})
+    assert texts(**settings | {"top_k": 0, "top_p": 1}) == expected
 
 
 def test_a_story_has_one_end_and_says_how_it_ended(app, published):
@@ -548,6 +551,9 @@ def axe() -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
+TELL = "#tell, #another, #openings button"
+
+
 class Visitor:
     """Someone at the page, by CSS selectors, in a tab of their own."""
 
@@ -572,6 +578,8 @@ class Visitor:
         return "".join(e.get_property("textContent") for e in self.all(selector))
 
     def click(self, selector: str) -> None:
+        if selector in TELL:
+            self.mark_what_is_there()
         until(lambda: self.all(selector)[0].click() or True if self.all(selector) else False)
 
     def set(self, **settings) -> None:
@@ -585,14 +593,19 @@ class Visitor:
             else:
                 field.send_keys("\ue009a\ue000\ue003", str(value))  # Ctrl-A, Backspace
 
+    def mark_what_is_there(self) -> None:
+        """Marks the stories that are not meant by those asked for next."""
+        self.run("document.querySelectorAll('article').forEach((a) => (a.title = 'of before'))")
+
     def told(self, *seeds: int) -> list[str]:
-        """The stories of those seeds, once they have come to their end."""
+        """The stories of those seeds, once those asked for last have come to their end."""
         wanted = [f"Seed {seed} ·" for seed in seeds]
 
         def done() -> bool:
             counts = [footer.text for footer in self.all("article footer")]
             whole = [c.startswith(w) for c, w in zip(counts, wanted, strict=False)]
-            return len(counts) == len(seeds) and all(whole) and not self.all("article.telling")
+            of_before = self.all("article.telling, article[title]")
+            return len(counts) == len(seeds) and all(whole) and not of_before
 
         until(done)
         return [e.get_property("textContent") for e in self.all("article p")]
@@ -610,6 +623,9 @@ class Visitor:
         return self.browser.execute_script(f"return {script}")
 
     def press(self, keys: str) -> None:
+        tells = self.run(f"document.activeElement.matches('{TELL}, #prompt')")
+        if tells and keys in ("\ue007", " "):
+            self.mark_what_is_there()
         self.browser.switch_to.active_element.send_keys(keys)
 
     def tab_to(self, selector: str) -> None:
@@ -634,7 +650,7 @@ def test_whoever_comes_is_told_a_story_that_costs_nothing(space, browser):
     assert visitor.all("article.telling")
     lengths = set()
     until(lambda: lengths.add(len(visitor.text("article p"))) or len(lengths) > 3)
-    expected = tell(space.model, "Once upon a time", [1337])[0][0]
+    (expected,) = generated(space.model, "Once upon a time")
     assert visitor.told(1337) == [expected]
     asked = "performance.getEntriesByType('resource').map((entry) => entry.name)"
     assert visitor.run(asked) == []  # neither of this server nor of any other
@@ -646,7 +662,10 @@ def test_whoever_comes_is_told_a_story_that_costs_nothing(space, browser):
 def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space, browser):
     visitor = Visitor(browser, space.url)
     starts = ("The dog ran", "One day", "Once upon", "She saw", "A big", "Tom said")
-    endless = next(p for p in starts if not tell(space.model, p, [1337], 1000, 0)[0][1])
+    greedy = GenerationSettings(max_new_tokens=1000, temperature=0)
+    endless = next(
+        p for p in starts if not generate_stories(space.model, p, [1337], greedy)[0].ended
+    )
     visitor.set(prompt=endless, max_new_tokens=1000, temperature=0)
     with slowed(space.process):
         visitor.click("#tell")
@@ -672,7 +691,7 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
 
     visitor.set(prompt="The dog ran", temperature=0.8, max_new_tokens=40, seed=7)
     story = visitor.tell(7)
-    assert [story] == [told for told, _ in tell(space.model, "The dog ran", [7], 40)]
+    assert [story] == generated(space.model, "The dog ran", [7], max_new_tokens=40)
     assert visitor.text("#said").startswith(story)  # what a screen reader reads
     visitor.look_inside()
     pieces = [e.get_property("textContent") for e in visitor.all("#tokens [role=option]")]
@@ -772,7 +791,7 @@ def test_an_opening_tells_when_it_is_chosen(space, browser):
     visitor.set(prompt="Tom", seed=3)
     visitor.click("#openings button")
     story = visitor.told(3)[0]
-    assert story == tell(space.model, "Once upon a time", [3])[0][0]
+    assert [story] == generated(space.model, "Once upon a time", [3])
 
 
 def test_a_link_tells_the_same_stories_to_somebody_else(space, browser):
@@ -839,7 +858,7 @@ def test_waiting_is_shown_and_a_broken_connection_mended(space, browser, served_
     space.process.wait()
     until(lambda: "Reconnecting" in visitor.text("#status"))
     space.start()
-    assert visitor.told(1337) == [tell(space.model, "Tom said", [1337], 1000)[0][0]]
+    assert visitor.told(1337) == generated(space.model, "Tom said", max_new_tokens=1000)
     visitor.set(prompt="She saw", seed=2)
     space.process.send_signal(signal.SIGSTOP)
     visitor.click("#tell")

@@ -1,47 +1,25 @@
-import json
 import math
 import os
-import re
-import resource
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, metrics_of, python, wait_for_step
 from PIL import Image
 
 import train
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt import cli
-from storygpt.checkpoint import load_checkpoint, load_model
-from storygpt.device import (
-    check_fits,
-    compile_model,
-    describe,
-    peak_flops,
-    peak_memory,
-    pick_dtype,
-    use_device,
-)
+from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from storygpt.distributed import Processes
 from storygpt.files import FINAL, LATEST
 from storygpt.losses import estimate_loss
-from storygpt.metrics import draw_loss_plot
 from storygpt.token_files import load_meta, load_tokens
-
-
-def metrics_of(folder) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_a_run_leaves_what_it_promises(run_dir, data_dir):
@@ -77,35 +55,7 @@ def test_evaluation_leaves_training_as_it_was(data_dir):
     assert len(losses) == 1  # the same windows, without dropout
 
 
-def test_a_ragged_last_batch_counts_by_its_windows():
-    torch.manual_seed(0)
-    shape = {"vocab_size": 300, "context_length": 16, "n_layer": 1, "n_head": 1, "n_embd": 16}
-    model = GPT(GPTConfig(**shape, init_std=0.5)).eval()  # windows of very different losses
-    tokens = np.random.default_rng(0).integers(0, 300, 7 * 16 + 1).astype("<u2")
-    loss = estimate_loss(model, tokens, 16, 4, 2, torch.device("cpu"), torch.float32)
-    x, y = (torch.from_numpy(tokens[i:][: 7 * 16].astype(np.int64)).view(7, 16) for i in (0, 1))
-    expected = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
-    assert loss == pytest.approx(expected, rel=1e-6)
-
-
 # --- In this process, where a test can look at a step ---
-
-
-@pytest.fixture
-def set_up(data_dir, tmp_path, monkeypatch):
-    """set_up(*flags) -> what `train.py` trains with, of a new tiny run in tmp_path / "run"."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    precision = torch.get_float32_matmul_precision()
-
-    def made(*flags):
-        folders = ["--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path / "run")]
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *folders, *flags])
-        return train.set_up(train.parse_arguments())
-
-    yield made
-    torch.set_float32_matmul_precision(precision)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_every_micro_batch_of_every_step_draws_its_own_dropout(set_up):
@@ -167,25 +117,6 @@ def test_a_run_that_breaks_names_the_checkpoint_that_is_left(set_up, tmp_path):
         state.stop_if_diverged(
             {"train_loss": math.nan}, tmp_path / "run", setting.arguments.training
         )
-
-
-def test_a_resumed_run_goes_on_in_its_tracker(set_up, monkeypatch, capsys):
-    """A stand-in for wandb, which is not installed here; the second of four sittings has none."""
-    begun, steps = [], []
-
-    def init(**settings):
-        assert (Path(settings["dir"]) / ".lock").exists()  # nothing is sent of a run in use
-        begun.append((settings["id"], settings["name"], settings["config"]["n_embd"]))
-        return SimpleNamespace(log=lambda entry, step: steps.append(step))
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for tracker, status in (("wandb", 75), ("none", 75), ("wandb", 75), ("wandb", 0)):
-        flags = ["--resume", "--max_steps", "4", "--warmup_steps", "0", "--tracker", tracker]
-        assert train.train(*set_up(*flags, "--max_hours", "1e-9")) == status
-        command = re.search("continue with: (.*)", capsys.readouterr().out)
-        assert ("--tracker wandb" in command[1]) == (tracker == "wandb") if status else not command
-    assert steps == [1, 3, 4] and len(begun) == 3
-    assert len(set(begun)) == 1 and all(begun[0])
 
 
 def test_a_compiled_run_saves_the_plain_names(set_up, monkeypatch, tmp_path):
@@ -250,12 +181,6 @@ def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, da
     assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["best_val_loss"] == losses[0]
 
 
-def test_plot_of_a_run_without_evaluations_is_left_out(tmp_path):
-    draw_loss_plot([], tmp_path / "a.png")
-    draw_loss_plot([{"step": 1, "tokens": 5, "train_loss": 3.0}], tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
-
-
 def test_mistakes_are_named_before_any_step(fails, data_dir, run_dir, tmp_path):
     short = tmp_path / "short"
     shutil.copytree(data_dir, short)
@@ -311,103 +236,67 @@ def test_real_stories_are_learned(script, tinystories, tmp_path):
     assert losses[-1] < 5.2  # of ln 1024 = 6.9 at the start
 
 
-@pytest.mark.parametrize("has_it", [True, False])
-def test_auto_takes_bfloat16_only_where_the_cpu_has_it(has_it, monkeypatch):
-    """A stand-in for the processor: without instructions for it, it would be far slower."""
-    known = {"avx512_bf16": has_it, "avx2": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-    expected = torch.bfloat16 if has_it else torch.float32
-    assert pick_dtype("auto", torch.device("cpu")) == expected
-    assert pick_dtype("float32", torch.device("cpu")) == torch.float32
+def test_what_is_not_finite_is_never_saved(fails, flags, tmp_path):
+    for steps, interval in (("1", "1"), ("12", "1"), ("12", "20")):
+        these = [*flags, "--max_steps", steps, "--warmup_steps", "0", "--eval_interval", interval]
+        these += ["--learning_rate", "1e30", "--grad_clip", "0"]
+        fails("train.py", *these, says="no step was saved")
+        assert not (tmp_path / "run" / "StoryGPT_best.pt").exists()
+        latest = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")
+        assert latest["step"] == 0
+        assert all(w.isfinite().all() for w in latest["model_state_dict"].values())
 
 
-def test_float32_on_a_gpu_says_that_its_products_are_tf32():
-    assert describe(torch.device("cuda"), torch.float32) == "cuda, float32 with products in TF32"
-    assert describe(torch.device("cuda"), torch.bfloat16) == "cuda, bfloat16"
-    assert describe(torch.device("cpu"), torch.float32) == "cpu, float32"
+def test_a_run_that_made_no_step_stops_no_other(fails, script, flags, tmp_path):
+    """A limited address space that suffices for set-up, not for so large a batch."""
+    large = [*flags, "--batch_size", "20000", "--gradient_accumulation_steps", "3"]
+    code = (
+        "import resource, runpy, sys, torch\n"
+        "so_far = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (so_far + 3_500_000_000,) * 2)\n"
+        f"sys.argv = ['train.py', *{[str(flag) for flag in large]!r}]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    result = python("-c", code)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "--batch_size 10000 --gradient_accumulation_steps 6" in result.stderr
+    result = script("train.py", *flags, "--resume")  # the corrected command
+    assert result.code == 0 and "starting a new run" in result.output, result.output
 
 
 @pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("Tesla T4", 65e12),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA L40", None),
-        ("NVIDIA T400", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ],
-)
-def test_a_gpu_is_found_by_its_whole_name(name, known, monkeypatch):
-    """A stand-in for the driver, which alone knows the name."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda")) == known
+    ("size", "less"),
+    [(15, "--batch_size 5 --gradient_accumulation_steps 9"),
+     (2, "--batch_size 1 --gradient_accumulation_steps 6"),
+     (1, "pass a smaller --context_length")],
+)  # fmt: skip
+def test_the_same_run_in_less_memory_is_named_for_any_batch(size, less):
+    recipe = TrainingConfig(batch_size=size, gradient_accumulation_steps=3)
+    assert less in str(cli.advice_on_memory(recipe))
 
 
-def test_what_a_run_will_be_is_said_as_it_begins(set_up, capsys):
-    setting, state = set_up()
-    few = replace(setting.batches, tokens=setting.batches.tokens[:5_000])
-    train.begin(replace(setting, batches=few), state)
-    said = re.search("5,000 train tokens, 512 a step, (.*) epochs", capsys.readouterr().out)
-    assert float(said[1]) == pytest.approx(20 * 512 / 5_000, abs=0.1)
+def test_another_precision_on_resume_is_said(script, flags, data_dir, tmp_path):
+    """As when `auto` was bfloat16 on the first machine and float16 here, told by its own file."""
+    flags = [*flags, "--dtype", "auto"]
+    process = script.start("train.py", *flags, "--max_steps", "60", "--eval_interval", "60")
+    wait_for_step(process, tmp_path / "run", 1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    latest = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")
+    scale = torch.amp.GradScaler("cpu").state_dict()
+    latest |= {"dtype": "float16", "scaler_state_dict": scale}
+    save_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt", latest)
+    command = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+    result = script("train.py", *command)
+    assert result.code == 0 and "this run was in float16 and goes on in" in result.output
 
 
-def test_each_of_several_gpus_has_its_share_of_the_work(set_up, monkeypatch):
-    """A stand-in for the driver, and for the process beside this one."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    setting, state = set_up()
-    gpus = {"processes": SimpleNamespace(world_size=2), "device": torch.device("cuda")}
-    _, log = train.begin(replace(setting, **gpus, dtype=torch.float16), state)
-    with log:
-        entry = {"step": 1, "tokens": 512, "train_loss": 6.0, "epoch": 0.0}
-        log.add(entry | {"tokens_per_second": 1e8})
-    share = state.model.flops_per_token() * 1e8 / 2 / 65e12  # a T4 has 65 TFLOP/s
-    assert share > 0.1 and f"MFU={share:.1%}" in log.bar.postfix
-
-
-def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
-    """A stand-in for a machine with one GPU, which has no bfloat16 but in software."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
-    for name in (
-        "cuda.set_device",
-        "backends.cuda.enable_cudnn_sdp",
-        "set_float32_matmul_precision",
-    ):
-        monkeypatch.setattr(f"torch.{name}", lambda setting: None)
-    assert use_device() == torch.device("cuda")
-    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
-    with pytest.raises(InputError, match="there is no device cuda:1 here: pass --device cuda"):
-        use_device("cuda:1")
-
-
-def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypatch, capsys):
-    def broken(model):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    model, cpu, cuda = torch.nn.Linear(2, 2), torch.device("cpu"), torch.device("cuda")
-    with pytest.raises(InputError, match=r"does not work here .*: pass --compile False"):
-        compile_model(model, True, cpu)
-    assert compile_model(model, False, cuda) is compile_model(model, None, cpu) is model
-    assert not capsys.readouterr().out
-    assert compile_model(model, None, cuda) is model
-    assert "training goes on without it" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs /proc")
-def test_memory_is_counted_in_bytes():
-    number = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    with pytest.raises(InputError) as error:
-        check_fits(GPTConfig(n_layer=1000, n_embd=2**16), 1, torch.device("cpu"))
-    said = re.search(r"cpu has ([\d,]+): pass a smaller --n_layer", str(error.value))[1]
-    assert int(said.replace(",", "")) == pytest.approx(1024 * number / 1e9, rel=0.05, abs=1)
-    large = np.ones(30_000_000)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    del large  # the peak remains
-    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert 0.95 * pages * resource.getpagesize() < peak_memory(torch.device("cpu")) < 1.05 * most
+def test_max_hours_says_that_there_is_more(script, flags, tmp_path):
+    flags += ["--max_steps", "3", "--warmup_steps", "1", "--resume", "--max_hours", "1e-9"]
+    for step in (1, 2, 3):  # one is made however little time there is: a chain of jobs ends
+        result = script("train.py", *flags)
+        assert result.code == (75 if step < 3 else 0), result.output
+        assert ("continue with: python train.py --resume" in result.output) == (step < 3)
+        assert ("done: best val_loss" in result.output) == (step == 3)
+        assert metrics_of(tmp_path / "run")[-1]["step"] == step
+        assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == step

@@ -28,10 +28,10 @@ from model import GPT
 from storygpt.builtin_stories import sample_stories
 from storygpt.checkpoint import KEYS, load_checkpoint, load_model, save_checkpoint
 from storygpt.files import BEST
-from storygpt.measures import ROWS, read_report
+from storygpt.judging.measures import ROWS
 from storygpt.token_files import data_fingerprint
 from storygpt.tokenizer import gpt2_file, load_tokenizer
-from upload_to_hf import hub_dataset, quote
+from upload_to_hf import hub_dataset, quote, read_report
 
 ODD_TEXT = [
     "",
@@ -87,7 +87,7 @@ def make_run(folder: Path, **changes) -> SimpleNamespace:
     folder.mkdir()
     checkpoint = {
         "gpt_config": config,
-        "training_config": TrainingConfig().with_learning_rates(config.n_embd),
+        "training_config": TrainingConfig().filled_in(config.n_embd),
         "model_state_dict": model.state_dict(),
         "step": 1000,
         "val_loss": 3.5,

@@ -1,19 +1,17 @@
-"""How stories read, in numbers that need no judge: taken in the same way of told stories and of as
-many real ones, they show what a model has not learned.
+"""How stories read, in numbers that need no judge: taken in the same way of generated stories and
+of as many real ones, they show what a model has not learned.
 
 A measure takes the stories of a set and gives a (stories,) float64 array, NaN for a story that it
 says nothing of. A row of the table is one number of that array, with an interval from resampling
 the stories (Efron, 1979).
 """
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -36,7 +34,7 @@ class Story:
 
 
 def read_story(ids: Sequence[int], tokenizer: tiktoken.Encoding, most: int) -> Story:
-    """The story of `ids`, cut to `most` tokens; it ended where an end-of-text is among them."""
+    """Makes a story of `ids`, cut to `most` tokens; it ended where an end-of-text is among them."""
     ids = [int(i) for i in ids[:most]]
     ended = tokenizer.eot_token in ids
     ids = ids[: ids.index(tokenizer.eot_token)] if ended else ids
@@ -47,13 +45,14 @@ def read_story(ids: Sequence[int], tokenizer: tiktoken.Encoding, most: int) -> S
 
 
 def sentences(text: str) -> list[str]:
-    """Its sentences. `"Look!" said Tom.` is one: after a quotation a small letter goes on."""
+    """Splits a text into sentences. `"Look!" said Tom.` is one: after a quotation a small letter
+    goes on."""
     parts = re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["”'])\s+(?![a-z])|\n+""", text.strip())
     return [part for part in parts if part]
 
 
 def words(text: str) -> list[str]:
-    """Its words, in small letters and without punctuation."""
+    """Splits a text into words, in small letters and without punctuation."""
     return re.findall(r"\w[\w'’]*", text.lower())
 
 
@@ -61,85 +60,101 @@ def words(text: str) -> list[str]:
 
 
 def ends(stories: Sequence[Story]) -> np.ndarray:
-    """1 for a story that ended within the context."""
+    """Returns 1 for a story that ended within the context."""
     return np.array([story.ended for story in stories], float)
 
 
 def length(stories: Sequence[Story]) -> np.ndarray:
-    """The number of words."""
+    """Counts the words."""
     return np.array([len(words(story.text)) for story in stories], float)
 
 
 def distinct(stories: Sequence[Story], n: int) -> np.ndarray:
-    """The share of distinct ones among the n-grams of words of all stories (Li et al., 2016,
-    arXiv:1510.03055), of which each gives its first DISTINCT_WORDS; shorter ones give none.
+    """Returns the share of distinct ones among the n-grams of words of all stories (Li et al.,
+    2016, arXiv:1510.03055), of which each gives its first DISTINCT_WORDS; shorter ones give none.
 
     A story's value is the mean of 1 / (occurrences in the set) over its n-grams: stories have
     equally many, so that the mean of their values is that share.
     """
-    begun = [words(story.text)[:DISTINCT_WORDS] for story in stories]
-    begun = [text if len(text) == DISTINCT_WORDS else [] for text in begun]
-    grams = [list(zip(*(text[i:] for i in range(n)), strict=False)) for text in begun]
+    beginnings = [words(story.text)[:DISTINCT_WORDS] for story in stories]
+    grams = [n_grams(text, n) if len(text) == DISTINCT_WORDS else [] for text in beginnings]
     count = Counter(gram for story in grams for gram in story)
     return np.array([mean(1 / count[gram] for gram in story) for story in grams])
 
 
 def said_again(stories: Sequence[Story]) -> np.ndarray:
-    """The share of a story's 3-grams of words that it has said before."""
-    told = [words(story.text) for story in stories]
-    grams = [list(zip(text, text[1:], text[2:], strict=False)) for text in told]
+    """Returns the share of a story's 3-grams of words that it has said before."""
+    grams = [n_grams(words(story.text), 3) for story in stories]
     return np.array([1 - len(set(each)) / len(each) if each else math.nan for each in grams])
 
 
+def n_grams(text: list[str], n: int) -> list[tuple[str, ...]]:
+    """Returns the runs of `n` words, one from each word that so many begin with."""
+    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+
+
 def well_formed(stories: Sequence[Story]) -> np.ndarray:
-    """The share of a story's sentences that begin with a capital and end in a mark."""
+    """Returns the share of a story's sentences that begin with a capital and end in a mark."""
     form = re.compile(r"""["“']?[A-Z].*[.!?]["”']?""", re.DOTALL)
-    told = [sentences(story.text) for story in stories]
-    return np.array([mean(form.fullmatch(part) is not None for part in parts) for parts in told])
+    split = [sentences(story.text) for story in stories]
+    return np.array([mean(form.fullmatch(part) is not None for part in parts) for parts in split])
 
 
 def find_names(text: str) -> set[str]:
-    """The words that `text` writes with a capital inside sentences more often than without one."""
+    """Finds the words that `text` writes with a capital inside sentences more often than without
+    one."""
     capital = Counter(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text))
     small = Counter(re.findall(r"\b[a-z]+", text))
     return {word for word, count in capital.items() if count > small[word.lower()]}
 
 
-def named(story: Story, names: set[str]) -> tuple[list[str], list[str], list[str]]:
-    """The names in a story's first two sentences, in its last third, and between them.
+class Named(NamedTuple):
+    """The names in a story's first two sentences, in its last third, and between them."""
 
-    None of them in a story of fewer than three sentences.
-    """
+    first: list[str]
+    between: list[str]
+    last: list[str]
+
+
+def named(story: Story, names: set[str]) -> Named:
+    """Finds where a story says which of `names`; none in one of fewer than three sentences."""
     parts = sentences(story.text)
     if len(parts) < 3:
-        return [], [], []
-    said = [[word for word in re.findall(r"\w+", part) if word in names] for part in parts]
+        return Named([], [], [])
     last = len(parts) - len(parts) // 3
-    first, final, between = (list(chain(*x)) for x in (said[:2], said[last:], said[2:last]))
-    return first, final, between
+
+    def within(start: int, end: int) -> list[str]:
+        said = re.findall(r"\w+", " ".join(parts[start:end]))
+        return [word for word in said if word in names]
+
+    return Named(within(0, 2), within(2, last), within(last, len(parts)))
 
 
 def returns(stories: Sequence[Story], names: set[str]) -> np.ndarray:
-    """1 where somebody named in the first two sentences is named in the last third; says nothing
-    of a story that begins without a name."""
-    told = [named(story, names) for story in stories]
-    return np.array([float(not {*a}.isdisjoint(z)) if a else math.nan for a, z, _ in told])
+    """Returns 1 where somebody named in the first two sentences is named in the last third; says
+    nothing of a story that begins without a name."""
+
+    def value(said: Named) -> float:
+        return float(not {*said.first}.isdisjoint(said.last)) if said.first else math.nan
+
+    return np.array([value(named(story, names)) for story in stories])
 
 
 def taken_over(stories: Sequence[Story], names: set[str]) -> np.ndarray:
-    """1 where the commonest name of the last third was not there before; says nothing of a story
-    that has no name there."""
-    told = [named(story, names) for story in stories]
-    return np.array([float(commonest(z) not in {*a, *b}) if z else math.nan for a, z, b in told])
+    """Returns 1 where the commonest name of the last third was not there before; says nothing of a
+    story that has no name there."""
 
+    def value(said: Named) -> float:
+        if not said.last:
+            return math.nan
+        commonest = Counter(said.last).most_common(1)[0][0]  # of several the first
+        return float(commonest not in said.first + said.between)
 
-def commonest(values: Sequence[str]) -> str:
-    """The commonest value, of several the first."""
-    return Counter(values).most_common(1)[0][0]
+    return np.array([value(named(story, names)) for story in stories])
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean; NaN of nothing."""
+    """Returns the mean; NaN of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 
@@ -148,29 +163,26 @@ def mean(values: Iterable[float]) -> float:
 
 
 def middle_half(values: np.ndarray, axis: int) -> np.ndarray:
-    """The third quartile less the first."""
+    """Returns the third quartile less the first."""
     low, high = np.percentile(values, (25, 75), axis=axis)
     return high - low
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: what it says, in which unit, and what it takes of the stories' values.
-
-    `told_apart` is False where shuffling sentences or words changes nothing: that row tells how
-    long stories are, not how they read.
-    """
+    """A line of the table: what it says, in which unit, and what it takes of the values."""
 
     label: str
     unit: str = "%"
     statistic: Callable = np.mean
-    told_apart: bool = True
 
 
+# The first three say how long stories are, the others how they read: shuffling a story's sentences
+# or words changes those.
 ROWS = {
-    "ends": Row("stories that end within the context", told_apart=False),
-    "length": Row("length, median", "words", np.median, told_apart=False),
-    "spread": Row("length, middle half", "words", middle_half, told_apart=False),
+    "ends": Row("stories that end within the context"),
+    "length": Row("length, median", "words", np.median),
+    "spread": Row("length, middle half", "words", middle_half),
     **{f"distinct_{n}": Row(f"distinct {n}-grams of words") for n in (1, 2, 3)},
     "said_again": Row("3-grams of words said before in the story"),
     **{f"copied_{n}": Row(f"tokens in runs of {n} or more from train.bin") for n in LENGTHS},
@@ -183,7 +195,7 @@ ROWS = {
 
 
 def read_measures(stories: Sequence[Story], names: set[str]) -> dict[str, np.ndarray]:
-    """The rows that need nothing but the stories, as {name of the row: (stories,) values}."""
+    """Takes the measures that need the stories alone: {name of the row: (stories,) values}."""
     return {
         "ends": ends(stories),
         "length": length(stories),
@@ -197,8 +209,8 @@ def read_measures(stories: Sequence[Story], names: set[str]) -> dict[str, np.nda
 
 
 def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
-    """The row `name` of a set of stories: its number and both ends of its 95 % interval, from
-    NUM_RESAMPLES sets drawn with replacement. None where no story has a value."""
+    """Returns the number of the row `name` and both ends of its 95 % interval, from NUM_RESAMPLES
+    sets of stories drawn with replacement; None where no story has a value."""
     values, statistic = values[np.isfinite(values)], ROWS[name].statistic
     if not len(values):
         return None
@@ -208,7 +220,8 @@ def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
 
 
 def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
-    """A Markdown table of `summarize`d rows: {title of a column: {name of a row: its numbers}}."""
+    """Writes a Markdown table of `summarize`d rows: {title of a column: {name of a row: its
+    numbers}}."""
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     for name, row in ROWS.items():
         if any(name in column for column in columns.values()):
@@ -222,45 +235,9 @@ def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
 
 
 def cell(row: Row, numbers: list[float] | None) -> str:
-    """`93.5 (89.0–97.0)`."""
+    """Writes `93.5 (89.0–97.0)`."""
     if numbers is None:
         return "–"
     scale, digits = {"%": (100, 1), "words": (1, 0)}.get(row.unit, (1, 3))
     value, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
     return f"{value} ({low}–{high})"
-
-
-def read_report(path: Path, step: int, data: str) -> dict:
-    """What evaluate.py wrote to `path` of the weights of `step` and the data with that fingerprint;
-    empty where it wrote nothing, or of others."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return report if (report["step"], report["data"]) == (step, data) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-# --- Stories that are none, for the rows to tell apart ---
-
-
-def shuffle_sentences(stories: Sequence[Story], tokenizer: tiktoken.Encoding, seed: int):
-    """As many stories of as many sentences each, which are drawn from all stories: [Story]."""
-    return deal([sentences(story.text) for story in stories], stories, tokenizer, seed)
-
-
-def shuffle_words(stories: Sequence[Story], tokenizer: tiktoken.Encoding, seed: int):
-    """As many stories of as many words each, which are drawn from all stories: [Story]."""
-    return deal([story.text.split() for story in stories], stories, tokenizer, seed)
-
-
-def deal(
-    parts: list[list[str]], stories: Sequence[Story], tokenizer: tiktoken.Encoding, seed: int
-) -> list[Story]:
-    """Stories of as many parts each, shuffled among all."""
-    deck = np.random.default_rng(seed).permutation(np.array([*chain(*parts)], object))
-    hands = np.split(deck, np.cumsum([len(each) for each in parts]))[:-1]
-    texts = [" ".join(hand) for hand in hands]
-    return [
-        Story(np.array(tokenizer.encode_ordinary(text), np.int64), text, story.ended)
-        for text, story in zip(texts, stories, strict=True)
-    ]

@@ -1,0 +1,1 @@
+"""How generated stories read beside held-out ones."""

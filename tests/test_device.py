@@ -1,0 +1,117 @@
+import os
+import re
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config import GPTConfig, InputError
+from storygpt.device import (
+    check_fits,
+    compile_model,
+    describe,
+    peak_flops,
+    peak_memory,
+    pick_dtype,
+    use_device,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--n_layer", "1000", "--n_embd", "65536"], "pass a smaller --n_layer or --n_embd"),
+        (["--batch_size", "2000000000"], "pass a smaller --batch_size"),
+        (["--batch_size", "99999999999999999999"], "is over 2147483647"),
+        (["--seed", str(2**64)], f"is over {2**63 - 1}"),
+        (["--max_hours", "nan"], "max_hours must be above 0"),
+        (["--max_hours", "0"], "max_hours must be above 0"),
+        (["--save_minutes", "inf"], "save_minutes must be a number of at least 0"),
+        (["--keep_interval", "-1"], "keep_interval must be a whole number of at least 0"),
+    ],
+)
+def test_numbers_that_no_machine_holds_are_named_before_any_work(changes, says, fails, flags):
+    fails("train.py", *flags, *changes, says=says, timeout=30)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_takes_bfloat16_only_where_the_cpu_has_it(has_it, monkeypatch):
+    """A stand-in for the processor: without instructions for it, it would be far slower."""
+    known = {"avx512_bf16": has_it, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    expected = torch.bfloat16 if has_it else torch.float32
+    assert pick_dtype("auto", torch.device("cpu")) == expected
+    assert pick_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def test_float32_on_a_gpu_says_that_its_products_are_tf32():
+    assert describe(torch.device("cuda"), torch.float32) == "cuda, float32 with products in TF32"
+    assert describe(torch.device("cuda"), torch.bfloat16) == "cuda, bfloat16"
+    assert describe(torch.device("cpu"), torch.float32) == "cpu, float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA T400", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpu_is_found_by_its_whole_name(name, known, monkeypatch):
+    """A stand-in for the driver, which alone knows the name."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == known
+
+
+def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
+    """A stand-in for a machine with one GPU, which has no bfloat16 but in software."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
+    for name in (
+        "cuda.set_device",
+        "backends.cuda.enable_cudnn_sdp",
+        "set_float32_matmul_precision",
+    ):
+        monkeypatch.setattr(f"torch.{name}", lambda setting: None)
+    assert use_device() == torch.device("cuda")
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    with pytest.raises(InputError, match="there is no device cuda:1 here: pass --device cuda"):
+        use_device("cuda:1")
+
+
+def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypatch, capsys):
+    def broken(model):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, cpu, cuda = torch.nn.Linear(2, 2), torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(InputError, match=r"does not work here .*: pass --compile False"):
+        compile_model(model, True, cpu)
+    assert compile_model(model, False, cuda) is compile_model(model, None, cpu) is model
+    assert not capsys.readouterr().out
+    assert compile_model(model, None, cuda) is model
+    assert "training goes on without it" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs /proc")
+def test_memory_is_counted_in_bytes():
+    number = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    with pytest.raises(InputError) as error:
+        check_fits(GPTConfig(n_layer=1000, n_embd=2**16), 1, torch.device("cpu"))
+    said = re.search(r"cpu has ([\d,]+): pass a smaller --n_layer", str(error.value))[1]
+    assert int(said.replace(",", "")) == pytest.approx(1024 * number / 1e9, rel=0.05, abs=1)
+    large = np.ones(30_000_000)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    del large  # the peak remains
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 0.95 * pages * resource.getpagesize() < peak_memory(torch.device("cpu")) < 1.05 * most

@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import GPTConfig
+from model import GPT
+from storygpt.losses import all_windows, estimate_loss
+
+
+def test_a_ragged_last_batch_counts_by_its_windows():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "context_length": 16, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    model = GPT(GPTConfig(**shape, init_std=0.5)).eval()  # windows of very different losses
+    tokens = np.random.default_rng(0).integers(0, 300, 7 * 16 + 1).astype("<u2")
+    loss = estimate_loss(model, tokens, 16, 4, 2, torch.device("cpu"), torch.float32)
+    x, y = (torch.from_numpy(tokens[i:][: 7 * 16].astype(np.int64)).view(7, 16) for i in (0, 1))
+    expected = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_token_is_a_target_once():
+    for number in (5, 16, 17, 100, 161):
+        tokens = np.arange(1, number + 1, dtype="<u2")
+        targets = []
+        for x, y in all_windows(tokens, 0, 16, 3):
+            assert x.shape == y.shape and x.shape[1] <= 16
+            assert np.array_equal(x + 1, y)  # 0, the end-of-text, comes before the first token
+            targets += y.flatten().tolist()
+        assert targets == tokens.tolist()
