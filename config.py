@@ -75,10 +75,11 @@ class TrainingConfig:
     """Share of the training windows that are moved back to the start of the story they begin in."""
     eval_interval: int = 500
     """Steps between evaluations (the last step is always evaluated)."""
-    eval_iters: int = 100
-    """Validation batches, of batch_size windows each, that an evaluation averages over."""
+    eval_windows: int = 6_400
+    """Windows of the validation split that an evaluation averages over."""
     save_minutes: float = may_change(10.0)
-    """Minutes between saves of StoryGPT_latest.pt: the most that a power cut costs."""
+    """Minutes between saves of StoryGPT_latest.pt, which is the most that a power cut costs; and
+    minutes for which saves may fail before the run ends."""
     keep_interval: int = may_change(0)
     """Steps between weights kept for good, as StoryGPT_step_005000.pt; 0 keeps none."""
     dtype: Precision = "auto"
@@ -142,7 +143,7 @@ def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
                 weight_decay=0.01,
                 story_windows=0.75,
                 eval_interval=150,
-                eval_iters=10,
+                eval_windows=80,
                 dtype="float32",
             )
             return gpt, training
@@ -235,7 +236,7 @@ def check_training_config(config: TrainingConfig) -> None:
         ("gradient_accumulation_steps", 1),
         ("max_steps", 1),
         ("eval_interval", 1),
-        ("eval_iters", 1),
+        ("eval_windows", 1),
         ("keep_interval", 0),
     ):
         check_whole(name, getattr(config, name), least)

@@ -1,6 +1,6 @@
 """Script: stories in, token files out.
 
-One pass encodes all stories into scratch files and keeps of each its length and a hash; then the
+One pass encodes all stories into scratch files and keeps of each its length and hashes; then the
 stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
@@ -9,44 +9,51 @@ from storygpt import cli
 if __name__ == "__main__":
     cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
-import hashlib
 import os
-import re
 import shutil
 import signal
-import tempfile
+import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from config import InputError, check_whole
 from storygpt.cli import one_line, parse_flags, progress_bar, run
+from storygpt.encoding import NO_STORIES, Encoded, encode_stories, opening_of
 from storygpt.files import writing
-from storygpt.sources import Stories, describe, open_stories
+from storygpt.sources import Stories, list_left_out, open_stories
 from storygpt.token_files import SPLITS, SplitWriter, install
-from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer
+from storygpt.tokenizer import GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer
 
 BATCH = 1_000  # stories a worker encodes at once, unless they have more than
 BATCH_CHARACTERS = 2**20
-# GPT-2's pattern takes white space before a word as one piece but for its last character, and at
-# the end of the text as one piece. The engine that finds it gives up at about a million.
-WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG_WHITE_SPACE = re.compile(rf"{WHITE_SPACE}{{1000,}}(?:(?={WHITE_SPACE})|\Z)")
+MOST_PROCESSES = 61 if sys.platform == "win32" else 1_000  # no more can be waited for on Windows
+NUM_OPENINGS = 5
+RAREST_OPENING = 0.01  # of the stories
+
+
+def usable_cpus() -> int:
+    """Returns how many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Encode stories into train.bin, validation.bin and meta.json."""
+    """Encodes stories into train.bin, validation.bin and meta.json."""
 
     dataset: str = "roneneldan/TinyStories"
     """A data set on the Hub, `builtin` (a story grammar, needs no network; also `sample`), a
@@ -56,7 +63,7 @@ class Arguments:
     revision: str | None = None
     """Branch, tag or commit of a data set on the Hub."""
     max_stories: int | None = None
-    """Most stories to take of each split; from the Hub, no more than these are downloaded."""
+    """Most stories to take of each split; from the Hub, only files with these are downloaded."""
     text_column: str = "text"
     """The column that holds the stories; `story.text` is the field text of the column story."""
     vocab_size: int = GPT2_VOCAB_SIZE
@@ -65,92 +72,60 @@ class Arguments:
     """Share of stories held out where the data set has no validation split."""
     deduplicate: bool = False
     """Keep only the first of equal train stories, and none that the validation split holds."""
-    num_proc: int = os.cpu_count() or 1
-    """Processes that encode."""
+    num_proc: int = min(usable_cpus(), MOST_PROCESSES)
+    """Processes that encode, at most: a small data set needs fewer."""
     data_dir: Path = Path("data")
     """Folder to write to."""
     seed: int = 1337
     """Seed of the hold-out and of the built-in stories."""
 
 
-class Encoded(NamedTuple):
-    """Stories as one (tokens,) uint16 array, and of each story, (stories,): its tokens and UTF-8
-    bytes as uint32, and 16 bytes of hash as two uint64, (stories, 2)."""
-
-    ids: np.ndarray
-    tokens: np.ndarray
-    bytes: np.ndarray
-    hashes: np.ndarray
-
-
 # --- Encoding, in worker processes ---
 
 
-def encode_text(text: str, tokenizer) -> np.ndarray:
-    """The ids of a text in which nothing is special, (tokens,) uint16, also where it has miles of
-    white space. Raises InputError for what cannot be encoded."""
+def describe(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[str]]:
+    """Returns what meta.json says of the tokenizer, and the openings of stories that begin with
+    these ids. Both take a tokenizer, which the parent has no need of, and memory for it."""
+    tokenizer = load_tokenizer(vocab_size)
+    names = {"tokenizer": tokenizer.name, "vocab_size": vocab_size}
+    openings = [opening_of(tokenizer.decode(ids)) for ids in beginnings]
+    return names | {"end_of_text": tokenizer.eot_token}, openings
+
+
+def follow_parent() -> None:
+    """Ends this worker when its parent has ended, however that was; leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def submit(pool: Executor, function: Callable, *arguments) -> Future:
+    """Gives the pool some work, for which it starts one more process unless one is idle."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
     try:
-        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-    except ValueError:  # the pattern's engine gave up: each of these pieces it would match alone
-        pieces, end = [], 0
-        for match in LONG_WHITE_SPACE.finditer(text):
-            pieces += [text[end : match.start()], match[0]]
-            end = match.end()
-        pieces.append(text[end:])
-    try:
-        ids = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        return np.concatenate(ids).astype("<u2")
-    except ValueError as error:
+        return pool.submit(function, *arguments)
+    except OSError as error:
         raise InputError(
-            f"the story that begins {text[:40]!r} cannot be encoded: {one_line(error)}"
+            f"no more processes can be started ({error.strerror}): pass a smaller --num_proc"
         ) from error
-
-
-def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
-    """Each story's ids and an end-of-text. Raises InputError for what cannot be encoded."""
-    tokenizer = load_tokenizer(vocab_size)
-    try:
-        texts = [story.encode() for story in stories]
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
-        stories = [s.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for s in stories]
-        texts = [story.encode() for story in stories]
-    hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
-    sizes, ids = [len(text) for text in texts], None
-    del texts
-    if len(stories) > 1:
-        joined = END_OF_TEXT.join([*stories, ""])
-        if joined.count(END_OF_TEXT) == len(stories):  # where a story spells it, it stays text
-            with suppress(ValueError):  # all in one call: a call a story is slower
-                ids = tokenizer.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype("<u2")
-    if ids is None:
-        end = np.array([tokenizer.eot_token], "<u2")
-        each = [part for story in stories for part in (encode_text(story, tokenizer), end)]
-        ids = np.concatenate([end[:0], *each])
-    lengths = np.diff(np.flatnonzero(ids == tokenizer.eot_token), prepend=-1)
-    pairs = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
-    return Encoded(ids, lengths.astype(np.uint32), np.array(sizes, np.uint32), pairs)
-
-
-def describe_tokenizer(vocab_size: int) -> dict:
-    """What meta.json says of the tokenizer. The parent has no need of it, which takes memory."""
-    tokenizer = load_tokenizer(vocab_size)
-    name, end_of_text = tokenizer.name, tokenizer.eot_token
-    return {"tokenizer": name, "vocab_size": tokenizer.n_vocab, "end_of_text": end_of_text}
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
-def start_workers(num_proc: int, vocab_size: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for encode_stories that get ready while the caller opens the stories."""
-    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _ignore_interrupt)
+def start_workers(num_proc: int) -> Iterator[Executor]:
+    """Yields a pool of at most `num_proc` processes, or of threads where there can be none."""
     try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
-        for _ in range(num_proc):  # a process starts when it is given work: no stories, for now
-            pool.submit(encode_stories, [], vocab_size)
-        signal.signal(signal.SIGINT, handler)
+        pool = ProcessPoolExecutor(num_proc, get_context("spawn"), follow_parent)
+    except (ImportError, NotImplementedError, OSError) as error:  # no semaphores, no descriptors
+        reason = one_line(error)
+        print(f"no worker processes can be had ({reason}): encoding in this one", file=sys.stderr)
+        pool = ThreadPoolExecutor(num_proc)
+    try:
         yield pool
     except BrokenProcessPool as error:
         raise InputError(
@@ -161,7 +136,7 @@ def start_workers(num_proc: int, vocab_size: int) -> Iterator[ProcessPoolExecuto
 
 
 def batched(stories: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive lists of at most BATCH stories and about BATCH_CHARACTERS characters."""
+    """Yields consecutive lists of at most BATCH stories and about BATCH_CHARACTERS characters."""
     batch, characters = [], 0
     for story in stories:
         batch.append(story)
@@ -176,7 +151,7 @@ def batched(stories: Iterable[str]) -> Iterator[list[str]]:
 def encode_in_parallel(
     batches: Iterable[list[str]], pool: Executor, vocab_size: int, num_proc: int
 ) -> Iterator[Encoded]:
-    """encode_stories of each batch in order, with a bounded number of them in memory."""
+    """Encodes batches in order, with a bounded number of them in memory."""
 
     def result(future: Future) -> Encoded:
         try:
@@ -188,7 +163,7 @@ def encode_in_parallel(
 
     waiting = deque()
     for batch in batches:
-        waiting.append(pool.submit(encode_stories, batch, vocab_size))
+        waiting.append(submit(pool, encode_stories, batch, vocab_size))
         del batch
         if len(waiting) > 2 * num_proc:
             yield result(waiting.popleft())
@@ -199,10 +174,8 @@ def encode_in_parallel(
 # --- From stories to files ---
 
 
-def kept_stories(
-    stories: Iterable[str | None], most: int | None, skipped: Counter
-) -> Iterator[str]:
-    """The stories that hold anything, at most `most`; those that do not are counted in `skipped`.
+def kept_stories(stories: Iterable[str | None], skipped: Counter) -> Iterator[str]:
+    """Yields the stories that hold anything; those that do not are counted in `skipped`.
 
     A byte-order mark belongs to the file that a story comes from, not to the story.
     """
@@ -210,16 +183,13 @@ def kept_stories(
         story = story and story.lstrip("\ufeff")
         if story and not story.isspace():
             yield story
-            most = most and most - 1
-            if most == 0:
-                return
         else:
             skipped["empty"] += 1
 
 
 def find_duplicates(train: np.ndarray, validation: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Which train stories are the first of their kind and not in validation, (train,) bool; how
-    many train stories repeat an earlier one, and how many validation stories are in train.
+    """Finds which train stories are the first of their kind and not in validation, (train,) bool;
+    how many train stories repeat an earlier one, and how many validation stories are in train.
 
     The stories are given as hashes, (stories, 2) uint64.
     """
@@ -236,7 +206,10 @@ def find_duplicates(train: np.ndarray, validation: np.ndarray) -> tuple[np.ndarr
 
 
 def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
-    """Which stories are held out: (num_stories,) bool. Raises InputError where there is but one."""
+    """Draws which stories are held out: (num_stories,) bool.
+
+    Raises InputError where there is but one.
+    """
     if num_stories == 1:
         raise InputError(
             f"{name} holds one story alone, which cannot be both train and validation: add "
@@ -260,28 +233,48 @@ def copy_stories(file: BinaryIO, encoded: Encoded, keep: np.ndarray, writer: Spl
     writer.count(keep.sum(), encoded.bytes[keep].sum())
 
 
-def encode_split(
-    stories: Iterator[str], pool: Executor, path: Path, arguments: Arguments, bar, seen: np.ndarray
-) -> Encoded:
-    """Encodes all `stories` into the file `path`; returns what is kept of each, without the ids.
+def write_ids(parts: Iterable[Encoded], path: Path, bar, seen: np.ndarray) -> Encoded:
+    """Writes the ids of all stories to the file `path`; returns what is kept of each beside them.
 
     Marks the ids that are used in `seen`, (vocab_size,) bool.
     """
-    none = np.empty(0, np.uint32)
-    parts = [Encoded(np.empty(0, "<u2"), none, none, np.empty((0, 2), np.uint64))]
+    kept = [NO_STORIES]
     with path.open("wb") as file:
-        batches = batched(stories)
-        for part in encode_in_parallel(batches, pool, arguments.vocab_size, arguments.num_proc):
+        for part in parts:
             file.write(part.ids.data)
             seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
-            parts.append(part._replace(ids=parts[0].ids))  # a slice would keep all of them
+            kept.append(part._replace(ids=NO_STORIES.ids))  # a slice would keep all of them
             bar.update(len(part.tokens))
-    return Encoded(*map(np.concatenate, zip(*parts, strict=True)))
+    return Encoded._make(map(np.concatenate, zip(*kept, strict=True)))
 
 
-def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) -> dict:
-    """Writes the two files in `scratch` from what was encoded there; returns what meta.json says
-    of them and of the duplicates. Raises InputError where a split would be empty."""
+def find_openings(
+    file: BinaryIO, encoded: Encoded, keep: np.ndarray
+) -> tuple[list[list[int]], list[float]]:
+    """Finds the openings that the stories to `keep` have most often: returns the first ids of a
+    story with each, out of a scratch file, and its share of the stories.
+
+    What one story alone begins with, or less than one in a hundred, is not to be shown.
+    """
+    ends = np.concatenate(([0], encoded.tokens.cumsum(dtype=np.int64)))
+    kept = np.flatnonzero(keep)
+    kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
+    common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
+    commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
+    beginnings, shares = [], []
+    for kind in commonest[:NUM_OPENINGS]:
+        story = kept[firsts[kind]]
+        file.seek(2 * ends[story])
+        beginnings.append(np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1)).tolist())
+        shares.append(round(counts[kind] / len(kept), 4))
+    return beginnings, shares
+
+
+def write_splits(
+    scratch: Path, read: dict[str, Encoded], pool: Executor, arguments: Arguments
+) -> dict:
+    """Writes the two files in `scratch` from what was encoded there; return what meta.json says of
+    what they hold. Raises InputError where a split would be empty."""
     source, keep = dict.fromkeys(SPLITS, "train"), {}
     for split, encoded in read.items():
         source[split], keep[split] = split, np.ones(len(encoded.tokens), bool)
@@ -306,44 +299,49 @@ def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) 
     counts = {}
     for split in SPLITS:
         writer = SplitWriter(scratch / f"{split}.bin")
+        encoded = read[source[split]]
         with (scratch / f"{source[split]}.ids").open("rb") as file:
-            copy_stories(file, read[source[split]], keep[split], writer)
+            copy_stories(file, encoded, keep[split], writer)
+            if split == "train":
+                beginnings, shares = find_openings(file, encoded, keep[split])
         counts[split] = writer.close()
+    tokenizer, openings = submit(pool, describe, beginnings, arguments.vocab_size).result()
     return {
+        **tokenizer,
         "splits": counts,
         "duplicates": {"in train": repeated, "validation in train": in_train},
         "deduplicated": arguments.deduplicate,
+        "openings": list(zip(openings, shares, strict=True)),
     }
 
 
 @contextmanager
 def scratch_folder(data_dir: Path) -> Iterator[Path]:
-    """A folder in `data_dir`, which goes in the end, as does what runs that were killed have left.
+    """Yields an empty folder in `data_dir`, which goes in the end.
 
-    Raises InputError where another process is at work in one. The lock ends with its process; on a
+    Raises InputError where another process is at work in it. The lock ends with its process; on a
     disk without locks nobody is seen.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in data_dir.glob(".prepare-*"):
-        lock = FileLock(leftover / "lock", fallback_to_soft=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise InputError(
-                f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
-            ) from error
-        except OSError:
-            pass
+    scratch = data_dir / ".prepare"
+    scratch.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(scratch / "lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
+        ) from error
+    except OSError:
+        pass
+    try:
+        for leftover in scratch.glob("*.*"):  # of a run that was killed
+            leftover.unlink()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # first, or it would be another's by then
         lock.release()
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir) as scratch:
-        lock = FileLock(Path(scratch, "lock"), fallback_to_soft=False)
         with suppress(OSError):
-            lock.acquire()
-        try:
-            yield Path(scratch)
-        finally:
-            lock.release()
+            scratch.rmdir()  # on Windows, where a file that is open stays
 
 
 def prepare(arguments: Arguments) -> dict:
@@ -357,7 +355,7 @@ def prepare(arguments: Arguments) -> dict:
             f"validation_fraction {arguments.validation_fraction} is not between 0 and 1: "
             "pass --validation_fraction 0.01"
         )
-    check_whole("num_proc", arguments.num_proc, 1, 1_000)
+    check_whole("num_proc", arguments.num_proc, 1, MOST_PROCESSES)
     check_whole("seed", arguments.seed, 0, 2**63 - 1)
     if arguments.max_stories is not None:
         check_whole("max_stories", arguments.max_stories, 1)
@@ -365,45 +363,54 @@ def prepare(arguments: Arguments) -> dict:
     start = time.perf_counter()
     data_dir, skipped, read = arguments.data_dir, Counter(), {}
     with ExitStack() as stack:
-        pool = stack.enter_context(start_workers(arguments.num_proc, arguments.vocab_size))
+        pool = stack.enter_context(start_workers(arguments.num_proc))
+        submit(pool, describe, [], arguments.vocab_size)  # a worker gets ready meanwhile
         source = open_stories(
             arguments.dataset,
-            arguments.text_column,
-            arguments.subset,
-            arguments.revision,
-            arguments.max_stories,
-            arguments.seed,
+            text_column=arguments.text_column,
+            subset=arguments.subset,
+            revision=arguments.revision,
+            seed=arguments.seed,
         )
-        remedy = "free some space or pass another --data_dir"
-        stack.enter_context(writing(data_dir, remedy))
+        stack.enter_context(writing(data_dir, "free some space or pass another --data_dir"))
         scratch = stack.enter_context(scratch_folder(data_dir))
         total = arguments.max_stories or source.total
         seen = np.zeros(arguments.vocab_size, bool)
         with progress_bar(total=total, unit=" stories", desc="encoding") as bar:
-            for split, stories in source.splits.items():
-                stories = kept_stories(stories, arguments.max_stories, skipped)
+            for split, rows in source.splits.items():
+                stories = islice(kept_stories(rows, skipped), arguments.max_stories)
                 path = scratch / f"{split}.ids"
-                read[split] = encode_split(stories, pool, path, arguments, bar, seen)
+                parts = encode_in_parallel(
+                    batched(stories),
+                    pool,
+                    vocab_size=arguments.vocab_size,
+                    num_proc=arguments.num_proc,
+                )
+                read[split] = write_ids(parts, path, bar=bar, seen=seen)
         meta = {
-            **pool.submit(describe_tokenizer, arguments.vocab_size).result(),
             "dataset": arguments.dataset,
             "subset": arguments.subset,
-            "revision": source.revision,
-            **write_splits(scratch, read, arguments),
+            "revision": source.commit,
+            **write_splits(scratch, read, pool, arguments),
         }
         install(scratch, data_dir, meta)
-    summarize(
-        meta, source, skipped["empty"], int(seen.sum()), time.perf_counter() - start, arguments
-    )
+    if "validation" in read and meta["splits"]["validation"]["stories"] == 1:
+        note = "validation is a single story: its loss will say little"
+        source = source._replace(notes=[*source.notes, note])
+    seconds = time.perf_counter() - start
+    empty, distinct = skipped["empty"], int(seen.sum())
+    summarize(meta, source, arguments=arguments, empty=empty, distinct=distinct, seconds=seconds)
     return meta
 
 
 def summarize(
-    meta: dict, source: Stories, empty: int, distinct: int, seconds: float, arguments: Arguments
+    meta: dict, source: Stories, arguments: Arguments, empty: int, distinct: int, seconds: float
 ) -> None:
     """Prints what was read, what was not, and what the files hold."""
     counts = meta["splits"]
     total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
+    if source.commit:
+        print(f"{arguments.dataset} at commit {source.commit}")
     for split in SPLITS:
         c = counts[split]
         print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
@@ -414,11 +421,13 @@ def summarize(
         f"duplicates: {repeated:,} train stories repeat another, {in_train:,} validation stories "
         "are in train, too" + ("; dropped from train" if meta["deduplicated"] else "")
     )
+    for note in source.notes:
+        print(f"note: {note}")
     if source.left_out:
-        print(f"not read: {describe(source.left_out)}")
+        print(f"not read: {list_left_out(source.left_out)}")
     print(
-        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with {arguments.num_proc} "
-        f"processes; written to {arguments.data_dir}"
+        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with at most "
+        f"{arguments.num_proc} processes; written to {arguments.data_dir}"
     )
 
 

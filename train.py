@@ -2,7 +2,7 @@
 
 Read `train` top to bottom, then what it calls. One process, or as many as `torchrun` starts.
 Nothing random is kept between steps: the batch of a step and its dropout are functions of (seed,
-step, micro-batch), so a resumed run is the run it resumes, and N processes do what one would.
+step, window), so a resumed run is the run it resumes, and N processes do what one would.
 """
 
 from storygpt import cli
@@ -15,6 +15,7 @@ import secrets
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 import tyro
 from torch import nn
 
-from config import GPTConfig, InputError, PresetName, TrainingConfig, preset
+from config import MAY_CHANGE, GPTConfig, InputError, PresetName, TrainingConfig, preset
 from model import GPT
 from storygpt import device as machine
 from storygpt.batches import Batches, mixed_seed
@@ -36,7 +37,7 @@ from storygpt.kernels import speed_up_training
 from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
-from storygpt.run_folder import RunFolder, check_same_data
+from storygpt.run_folder import RunFolder, check_same_data, goes_on
 from storygpt.state import RunFacts, TrainState
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens
 
@@ -78,6 +79,8 @@ class Setting:
 
     arguments: Arguments
     processes: Processes
+    folder: RunFolder | None
+    """The main process's; the others write nothing."""
     device: torch.device
     dtype: torch.dtype
     batches: Batches
@@ -89,6 +92,9 @@ class Beginning(NamedTuple):
     """What a run begins with."""
 
     arguments: Arguments
+    processes: Processes
+    folder: RunFolder | None
+    """Of the main process alone, which has locked it."""
     latest: dict | None
     """The StoryGPT_latest.pt to resume from, if any."""
     start: Start | None
@@ -97,73 +103,116 @@ class Beginning(NamedTuple):
 
 def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
-    beginning = parse_arguments()
+    first, processes = cli.parse_first(FirstFlags), Processes()
+    folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
+    beginning = None
     try:
+        beginning = find_run(first, processes, folder)
         setting, state = set_up(beginning)
         status = train(setting, state)
     except Exception as error:
-        if cli.is_out_of_memory(error):
+        if beginning and cli.is_out_of_memory(error):
             raise cli.advice_on_memory(beginning.arguments.training) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
             ) from error
         raise
-    setting.processes.part()
+    finally:
+        if folder:
+            folder.close()
+    processes.part()
     sys.exit(status)
 
 
 # --- Setting up ---
 
 
-def parse_arguments() -> Beginning:
-    """Reads the command line, and what it says to resume or to start from.
+def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) -> Beginning:
+    """Finds out what to train: what the command line says, and the run that it resumes.
 
     Raises InputError where a run would be overwritten or changed.
     """
-    first = cli.parse_first(FirstFlags)
-    folder, processes = RunFolder(first.checkpoint_dir), Processes()
-    latest = folder.unfinished() if first.resume or processes.restarted else None
     start = load_start(first.init_from) if first.init_from else None
+    resume, latest = first.resume or processes.restarted, None
+    if not resume:  # mistakes come before anything is made or waited for
+        parse_arguments(first, processes, start, settings=None)
+    resume = any(processes.exchange(resume))
+    processes.compare_torch()
+    with processes.together():
+        if folder:
+            folder.lock()
+            latest = folder.find(resume)
+    kept = latest and [asdict(latest["gpt_config"]), asdict(latest["training_config"])]
+    settings = processes.exchange(kept)[0]
+    with processes.together() as shared:
+        arguments = parse_arguments(first, processes, start, settings)
+        origin = start.origin if start else None
+        if latest and not goes_on(latest, arguments.gpt, arguments.training, origin):
+            latest = None
+        numbers = asdict(arguments.gpt) | asdict(arguments.training)
+        shared |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
+        shared["init_from"] = origin and origin["sha256"][:12]
+    if first.resume and processes.is_main:
+        print(resumption(latest))
+    return Beginning(arguments, processes, folder, latest, start)
+
+
+def parse_arguments(
+    first: FirstFlags, processes: Processes, start: Start | None, settings: list[dict] | None
+) -> Arguments:
+    """Parses all flags; what they leave out is as in the `settings` of the run that goes on, or of
+    the preset. Raises InputError with what cannot be had here."""
     gpt, training = preset(first.preset or "storygpt")
-    if latest and not first.preset:
-        gpt, training = latest["gpt_config"], latest["training_config"]
+    if settings and not first.preset:
+        gpt, training = GPTConfig(**settings[0]), TrainingConfig(**settings[1])
     elif start:
         gpt = start.config
     defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
     arguments = cli.parse_flags(Arguments, defaults)
-    training = arguments.training.filled_in(arguments.gpt.n_embd)
-    arguments = replace(arguments, training=training)
     if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
         raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
-    if latest:
-        origin = start.origin if start else None
-        folder.check_same_run(latest, gpt=arguments.gpt, training=training, origin=origin)
-    else:
-        folder.check_unused()
-    if first.resume and processes.is_main:
-        print(f"resuming after step {latest['step']:,}" if latest else "starting a new run")
-    return Beginning(arguments=arguments, latest=latest, start=start)
+    training = arguments.training.filled_in(arguments.gpt.n_embd)
+    processes.share(training.batch_size * training.gradient_accumulation_steps)
+    machine.use_device(training.device)
+    return replace(arguments, training=training)
+
+
+def resumption(latest: dict | None) -> str:
+    """Says what --resume has found."""
+    if not latest:
+        return "starting a new run"
+    if latest["step"] == 0:
+        return "beginning again with the settings of this run, which had not come to save a step"
+    return f"resuming after step {latest['step']:,}"
 
 
 def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     """Makes what a new or a resumed run trains with. Raises InputError."""
-    arguments, latest, start = beginning
+    arguments, processes, folder, latest, start = beginning
     gpt, config = arguments.gpt, arguments.training
-    processes = Processes()
-    processes.share(config.gradient_accumulation_steps)  # complains before anything is started
-    device = processes.meet(machine.use_device(config.device))
-    dtype = machine.pick_dtype(config.dtype, device)
-    machine.check_fits(gpt, config.batch_size, device)
-
-    start_weights = fit_start(start, gpt) if start else None
-    meta = load_meta(arguments.data_dir, gpt.vocab_size)
-    if latest:
-        check_same_data(latest, data_fingerprint(meta), arguments.data_dir)
-    train_tokens, val_tokens = (
-        load_tokens(arguments.data_dir, split, meta, gpt.context_length, verify=processes.is_main)
-        for split in ("train", "validation")
-    )
+    with processes.together() as shared:
+        device = processes.own_device(machine.use_device(config.device))
+        dtype = machine.pick_dtype(config.dtype, device)
+        machine.check_fits(gpt, config.batch_size, device)
+        start_weights = fit_start(start, gpt) if start else None
+        meta = load_meta(arguments.data_dir, gpt.vocab_size)
+        data = data_fingerprint(meta)
+        if latest and latest["step"]:
+            check_same_data(latest, data, arguments.data_dir)
+        train_tokens, val_tokens = (
+            load_tokens(
+                arguments.data_dir,
+                split,
+                meta,
+                gpt.context_length,
+                verify=processes.local_rank == 0,
+            )
+            for split in ("train", "validation")
+        )
+        shared |= {"data": data[:12], "device": device.type, "dtype": machine.dtype_name(dtype)}
+    processes.meet(device)
+    beginning = beginning._replace(latest=processes.from_main(latest, device))
     batches = Batches(
         tokens=train_tokens,
         end_of_text=meta["end_of_text"],
@@ -177,14 +226,15 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     model = GPT(gpt).to(device)
     speed_up_training(model, device)
     state = TrainState(model, Optimizer(model, config, device, dtype))
-    if latest:
-        state.load(latest, arguments.checkpoint_dir / LATEST)
+    if beginning.latest:
+        state.load(beginning.latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
-    facts = gather_facts(beginning, data=data_fingerprint(meta), dtype=machine.dtype_name(dtype))
+    facts = gather_facts(beginning, data=data, dtype=machine.dtype_name(dtype))
     setting = Setting(
         arguments=arguments,
         processes=processes,
+        folder=folder,
         device=device,
         dtype=dtype,
         batches=batches,
@@ -196,12 +246,12 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
 
 def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
     """Returns what a new run will keep for good, or a resumed one has kept."""
-    arguments, latest, start = beginning
+    arguments, latest, start = beginning.arguments, beginning.latest, beginning.start
     new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
     if not latest:
         origin = start.origin if start else None
         return RunFacts(data=data, dtype=dtype, run_id=new_id, init_from=origin)
-    if latest["dtype"] != dtype:
+    if latest["dtype"] != dtype and beginning.processes.is_main:
         print(f"this run was in {latest['dtype']} and goes on in {dtype}")
     # A run keeps its id also where it goes on without its tracker for a while.
     run_id, origin = latest.get("run_id") or new_id, latest.get("init_from")
@@ -213,37 +263,36 @@ def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
 
 def train(setting: Setting, state: TrainState) -> int:
     """Trains to the last step, or until there is a reason to stop; returns the exit status."""
-    arguments, processes = setting.arguments, setting.processes
+    arguments, processes, folder = setting.arguments, setting.processes, setting.folder
     config, directory = arguments.training, arguments.checkpoint_dir
     compiled = machine.compile_model(state.model, config.compile, setting.device)
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
-    folder, log = begin(setting, state) if processes.is_main else (None, None)
+    log = begin(setting, state) if processes.is_main else None
     if setting.facts.init_from and state.step == 0:
-        evaluate_start(setting, state, compiled, folder=folder, log=log)
+        evaluate_start(setting, state, compiled, log)
 
-    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
+    pace = Pace(config, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
     last_save = time.monotonic()
-    longest = last_save - cli.STARTED  # seconds of a step: setting up stands in for the first
     stop = None
     with log or nullcontext():
         while state.step < config.max_steps and not stop:
             # --- One step ---
             began = time.monotonic()
-            if signals:
+            if signals.stop:
                 stop = "signal"
-            elif processes.is_main and began + 2 * longest > deadline:
+            elif processes.is_main and not pace.allows_two(state.step, folder.save_seconds):
                 stop = "time"  # there is none for another step after this one
             entry, stop = train_step(setting, state, model, stop)
-            speed = setting.batches.tokens_per_step / (time.monotonic() - began)
-            entry["tokens_per_second"] = round(speed, 1)
+            seconds = time.monotonic() - began
+            entry["tokens_per_second"] = round(setting.batches.tokens_per_step / seconds, 1)
             state.stop_if_diverged(entry, directory, config)
 
             # --- Evaluate ---
-            last = state.step == config.max_steps
-            evaluated = last or state.step % config.eval_interval == 0
+            evaluated = is_evaluated(state.step, config)
             if evaluated:
-                state.val_loss = entry["val_loss"] = validate(setting, compiled, config.eval_iters)
+                state.val_loss = validate(setting, compiled, config.eval_windows)
+                entry["val_loss"] = state.val_loss
                 state.stop_if_diverged(entry, directory, config)
             if not processes.is_main:
                 continue
@@ -253,36 +302,73 @@ def train(setting: Setting, state: TrainState) -> int:
                 log.add_sample(entry, state.model, config.seed)
             folder.append(entry)
             names = []
-            if last:
+            if state.step == config.max_steps:
                 names.append(FINAL)
             if state.val_loss < state.best_val_loss:
                 state.best_val_loss = state.val_loss
                 names.append(BEST)
             if config.keep_interval and state.step % config.keep_interval == 0:
                 names.append(step_name(state.step))
-            if names or stop or began - last_save >= 60 * config.save_minutes:
+            folder.keep_up()
+            failing = folder.failing_for(config.save_minutes)
+            asked = names or stop or signals.save or failing
+            if asked or began - last_save >= 60 * config.save_minutes:
                 if not evaluated:
                     check_new_weights(setting, state, entry)
-                save(setting, state, folder, [*names, LATEST])
+                signals.save.clear()
+                save(setting, state, [*names, LATEST])
                 last_save = began
+            if failing:  # a last try, after which an error ends the run
+                folder.wait()
 
             # --- Log ---
             log.add(entry)
-            longest = max(longest, time.monotonic() - began)
+            pace.add(seconds, evaluation=time.monotonic() - began - seconds if evaluated else None)
+        finished = state.step == config.max_steps
         if processes.is_main:
-            folder.wait()  # saving goes on in the background
+            folder.wait(config.save_minutes if finished else 0)  # what goes on in the background
 
-    finished = state.step == config.max_steps
-    if processes.is_main and finished:
-        print(log.finished(state.best_val_loss))
-    elif processes.is_main:
-        print(log.stopped(data_dir=arguments.data_dir, tracker=arguments.tracker))
+    if processes.is_main:
+        print(last_words(setting, state, log))
     if finished:
         return 0
     if stop == "signal":
-        return 128 + (signals[0] if signals else signal.SIGTERM)
+        return 128 + (signals.stop or [signal.SIGTERM])[0]
     # torchrun would take another status for a death, and start all processes anew.
     return 0 if processes.launched else MORE_TO_DO
+
+
+def is_evaluated(step: int, config: TrainingConfig) -> bool:
+    """Tells whether the weights that `step` makes are evaluated."""
+    return step == config.max_steps or step % config.eval_interval == 0
+
+
+class Pace:
+    """How long steps take, and evaluations with what comes with them: by the latest ones."""
+
+    def __init__(self, config: TrainingConfig, deadline: float):
+        so_far = time.monotonic() - cli.STARTED  # setting up stands in for the first steps
+        self.config, self.deadline = config, deadline
+        self.steps = deque([so_far, so_far], maxlen=10)
+        self.evaluation: float | None = None
+
+    def add(self, step: float, evaluation: float | None) -> None:
+        """Notes the seconds of a step, and of its evaluation if it had one."""
+        self.steps.append(step)
+        if evaluation is not None:
+            self.evaluation = evaluation
+
+    def allows_two(self, step: int, save_seconds: float) -> bool:
+        """Tells whether the two steps after `step`, their evaluations and a save will be done in
+        time."""
+        slow = sorted(self.steps)[-2]  # one that compiles, or in which a laptop slept, is no guide
+        evaluation = self.evaluation
+        if evaluation is None:  # a step is three times the work of a forward pass
+            windows = self.config.batch_size * self.config.gradient_accumulation_steps
+            evaluation = slow * self.config.eval_windows / windows / 3
+        evaluations = sum(is_evaluated(step + n, self.config) for n in (1, 2))
+        seconds = 2 * slow + evaluations * evaluation + save_seconds
+        return time.monotonic() + seconds <= self.deadline
 
 
 def train_step(
@@ -294,22 +380,23 @@ def train_step(
     `model` is state.model, perhaps compiled and wrapped.
     """
     config, processes, device = setting.arguments.training, setting.processes, setting.device
-    own = processes.share(config.gradient_accumulation_steps)
+    own = processes.share(setting.batches.windows_per_step)
     state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
-    loss_sum = torch.zeros((), device=device)
-    for micro_batch in own:
-        first = micro_batch * config.batch_size
-        x, y = setting.batches(state.step, range(first, first + config.batch_size))
-        processes.average_next_backward(model, micro_batch == own[-1])
-        torch.manual_seed(mixed_seed(config.seed, state.step, micro_batch))  # of dropout
+    train_loss = torch.zeros((), device=device)
+    for first in range(own.start, own.stop, config.batch_size):
+        micro_batch = range(first, min(first + config.batch_size, own.stop))
+        x, y = setting.batches(state.step, micro_batch)
+        processes.average_next_backward(model, micro_batch.stop == own.stop)
+        torch.manual_seed(mixed_seed(config.seed, state.step, first))  # of dropout
         with machine.autocast(device, setting.dtype):
             _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
-        state.optimizer.backward(loss / len(own))  # DDP averages over processes
-        loss_sum += loss.detach()
+        loss = loss * (len(micro_batch) / len(own))  # DDP averages over processes
+        state.optimizer.backward(loss)
+        train_loss += loss.detach()
     learning_rate = state.optimizer.learning_rate
     grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
     state.skipped_steps += skipped
-    (train_loss, grad_norm), stop = processes.agree([loss_sum / len(own), grad_norm], stop)
+    (train_loss, grad_norm), stop = processes.agree([train_loss, grad_norm], stop)
     entry = {
         "step": state.step,
         "tokens": state.step * setting.batches.tokens_per_step,
@@ -323,8 +410,8 @@ def train_step(
     return entry, stop
 
 
-def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool = False) -> float:
-    """Returns the mean loss in nats a token over `num_batches` validation batches.
+def validate(setting: Setting, model: nn.Module, num_windows: int, alone: bool = False) -> float:
+    """Returns the mean loss in nats a token over `num_windows` of the validation split.
 
     The processes share them, unless this one validates `alone`.
     """
@@ -333,7 +420,7 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
         setting.val_tokens,
         context_length=setting.arguments.gpt.context_length,
         batch_size=setting.arguments.training.batch_size,
-        num_batches=num_batches,
+        num_windows=num_windows,
         device=setting.device,
         dtype=setting.dtype,
         processes=None if alone else setting.processes,
@@ -343,40 +430,33 @@ def validate(setting: Setting, model: nn.Module, num_batches: int, alone: bool =
 def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
     """Raises InputError where a step without an evaluation has ruined the weights, before they are
     saved: its train_loss is of those before it."""
-    glance = {"val_loss": validate(setting, state.model, num_batches=1, alone=True)}
-    arguments = setting.arguments
-    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, arguments.training)
+    arguments, config = setting.arguments, setting.arguments.training
+    glance = {"val_loss": validate(setting, state.model, config.batch_size, alone=True)}
+    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, config)
 
 
-def evaluate_start(
-    setting: Setting,
-    state: TrainState,
-    model: nn.Module,
-    folder: RunFolder | None,
-    log: Log | None,
-) -> None:
+def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, log: Log | None) -> None:
     """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
     config = setting.arguments.training
-    loss = validate(setting, model, config.eval_iters)
+    loss = validate(setting, model, config.eval_windows)
     state.val_loss = state.best_val_loss = loss
     entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
     state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)
     if setting.processes.is_main:
         entry["init_from"] = setting.facts.init_from
-        folder.append(entry)
-        save(setting, state, folder, [BEST, LATEST])
+        setting.folder.append(entry)
+        save(setting, state, [BEST, LATEST])
         log.add(entry)
 
 
 # --- What the main process saves and prints ---
 
 
-def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
-    """Locks the run's folder, saves a first checkpoint so that a bad disk is found now, and says
-    what the run will be."""
-    arguments, directory = setting.arguments, setting.arguments.checkpoint_dir
-    config, folder = arguments.training, RunFolder(directory)
-    metrics = folder.open(state.step)
+def begin(setting: Setting, state: TrainState) -> Log:
+    """Saves a first checkpoint, so that a bad disk is found now, and says what the run will be."""
+    arguments, folder = setting.arguments, setting.folder
+    config, directory = arguments.training, arguments.checkpoint_dir
+    metrics = folder.cut(state.step)
     track = start_tracker(
         arguments.tracker,
         settings=asdict(arguments.gpt) | asdict(config),
@@ -384,10 +464,10 @@ def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
         directory=directory,
     )
     done = state.step == config.max_steps  # but killed before FINAL was written
-    save(setting, state, folder, [FINAL, LATEST] if done else [LATEST])
+    save(setting, state, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
     print(banner(setting, state.model))
-    log = Log(
+    return Log(
         metrics=metrics,
         step=state.step,
         max_steps=config.max_steps,
@@ -397,7 +477,19 @@ def begin(setting: Setting, state: TrainState) -> tuple[RunFolder, Log]:
         device=setting.device,
         dtype=setting.dtype,
     )
-    return folder, log
+
+
+def last_words(setting: Setting, state: TrainState, log: Log) -> str:
+    """Says what the run has left, or how it goes on."""
+    arguments = setting.arguments
+    if state.step == arguments.training.max_steps:
+        return log.finished(state.best_val_loss)
+    return log.stopped(
+        script=Path(__file__),
+        launcher=setting.processes.launcher,
+        data_dir=arguments.data_dir,
+        tracker=arguments.tracker,
+    )
 
 
 def banner(setting: Setting, model: GPT) -> str:
@@ -411,12 +503,12 @@ def banner(setting: Setting, model: GPT) -> str:
     )
 
 
-def save(setting: Setting, state: TrainState, folder: RunFolder, names: list[str]) -> None:
+def save(setting: Setting, state: TrainState, names: list[str]) -> None:
     """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
     arguments, facts = setting.arguments, setting.facts
     checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
-    folder.save(names, checkpoint, state.resume_state(facts))
+    setting.folder.save(names, checkpoint, state.resume_state(facts))
 
 
 if __name__ == "__main__":

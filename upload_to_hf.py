@@ -211,7 +211,7 @@ def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, beside
         reading=story_table(report["columns"]) if "columns" in report else "",
         num_judged=report.get("num_stories"),
         temperature=report.get("temperature"),
-        windows=f"{recipe.eval_iters * recipe.batch_size:,}",
+        windows=f"{recipe.eval_windows:,}",
         context_length=config.context_length,
         meta=meta,
         num_stories=f"{counts['stories']:,}",

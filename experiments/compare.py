@@ -1,7 +1,7 @@
 """Script: any runs beside each other, as curves in one picture and as a Markdown table.
 
 Runs that differ in nothing but their seed are one recipe: its mean, and the range of its seeds.
-Losses are those that training noted, on eval_iters batches; evaluate.py gives exact ones.
+Losses are those that training noted, on eval_windows windows; evaluate.py gives exact ones.
 """
 
 import sys

@@ -18,7 +18,7 @@ from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.files import write_atomically
 from storygpt.formats import read_folder, reading, rebuild
-from storygpt.hub import explain, is_hub_id
+from storygpt.hub import download_model, is_hub_id
 from storygpt.kernels import pack_linears
 
 KEYS = {
@@ -28,14 +28,6 @@ KEYS = {
     "step": int,
     "val_loss": float,
 }
-
-# Of a model on the Hub: what read_folder reads, and what transformers needs beside it offline.
-FILES = [
-    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
-]
-OLDER_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -96,24 +88,6 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
             )
 
 
-def download(repo_id: str) -> Path:
-    """The local folder with a Hub model's weights, configuration and tokenizer.
-
-    Takes it from the local cache where the Hub cannot be reached. Raises InputError.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=FILES))
-        if not list(folder.glob("model*.safetensors")):  # most repos hold all weights twice
-            snapshot_download(repo_id, allow_patterns=OLDER_FILES)
-    except Exception as error:  # the Hub's client's own, and those of the layers below it
-        raise InputError(
-            f"there is no checkpoint {repo_id} here, and it cannot be downloaded {explain(error)}"
-        ) from error
-    return folder
-
-
 class SkipInit(TorchFunctionMode):
     """Draws no weights: on the meta device that would import torch's compiler, for seconds."""
 
@@ -143,13 +117,13 @@ def is_on_the_hub(path: Path) -> bool:
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """The model of a .pt file, a published model's folder or a Hub id, and the checkpoint itself.
 
-    Raises InputError as `load_checkpoint`, `read_folder`, `download` and `build_model` do.
+    Raises InputError as `load_checkpoint`, `read_folder`, `download_model` and `build_model` do.
     """
     path = Path(path)
     if path.is_dir():
         checkpoint = read_folder(path)
     elif is_on_the_hub(path):
-        checkpoint = read_folder(download(path.as_posix()))
+        checkpoint = read_folder(download_model(path.as_posix()))
     else:
         checkpoint = load_checkpoint(path)
     return build_model(checkpoint, path, device), checkpoint

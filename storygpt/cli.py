@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from config import InputError, TrainingConfig
 from storygpt.files import BEST
@@ -60,39 +61,64 @@ def progress_bar(**options):
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
+def warn(text: str) -> None:
+    """Prints a line on stderr, above a progress bar where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def shorten(text: str, most: int = 200) -> str:
+    """Leaves out the middle of a text of more than `most` characters."""
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
 def one_line(error: Exception) -> str:
-    """Returns what an exception says, without line breaks; its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Returns what an exception says, on one line and shortened; its kind where it says nothing."""
+    return shorten(" ".join(str(error).split())) or type(error).__name__
 
 
-def command_line(script: str, **flags) -> str:
+def command_line(script: str, launcher: str = "python", **flags) -> str:
     """Writes `python SCRIPT --flag value ...` as a shell takes it."""
-    words = ["python", script]
+    words = [script]
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
+    return f"{launcher} {shlex.join(words)}"
 
 
-def listen_for_signals(launched: bool) -> list[int]:
-    """Returns a list that takes the signals that ask to stop: Ctrl-C, SIGTERM and SIGHUP.
+class Signals(NamedTuple):
+    """The signals that have come, by what they ask for."""
+
+    stop: list[int]
+    """Ctrl-C, SIGTERM or SIGHUP: to save and end."""
+    save: list[int]
+    """SIGUSR1: to save and go on."""
+
+
+def listen_for_signals(launched: bool) -> Signals:
+    """Returns lists that take the signals from here on, but for those that this process was
+    started to ignore: SIGHUP by nohup, Ctrl-C by a shell's `&`.
 
     A second Ctrl-C ends the process at once; but not a process that torchrun has `launched`, whose
     launcher passes on what a terminal or a scheduler has sent to all of them already.
     """
-    received = []
+    signals = Signals(stop=[], save=[])
 
     def request_stop(number, frame) -> None:
-        received.append(number)
+        signals.stop.append(number)
         if number == signal.SIGINT and not launched:
             signal.signal(number, signal.SIG_DFL)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # A terminal that is closed, or ssh that is cut; but nohup has it ignored, and Windows has none.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, request_stop)
-    return received
+    def request_save(number, frame) -> None:
+        signals.save.append(number)
+
+    asked = {"SIGINT": request_stop, "SIGTERM": request_stop, "SIGHUP": request_stop}
+    for name, handler in (asked | {"SIGUSR1": request_save}).items():
+        number = getattr(signal, name, None)  # Windows has not all of them
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    return signals
 
 
 class _Unfailing:
@@ -190,4 +216,4 @@ def fail(message: str) -> None:
             drop_output()
     local_rank = os.environ.get("LOCAL_RANK", "0")
     muted = "RANK" in os.environ and local_rank.isdigit() and int(local_rank) > 0
-    sys.exit(1 if muted else f"error: {message}")
+    sys.exit(1 if muted else f"error: {shorten(message, 490)}")  # whatever is quoted there

@@ -1,7 +1,13 @@
 """The processes of a run: one, or as many as torchrun starts."""
 
+import json
 import os
+import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
+from storygpt.cli import warn
 
 Stop = Literal["signal", "time"]  # what a run is stopped for before its last step
 
@@ -19,12 +26,34 @@ def lost_a_process(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "by peer" in str(error)
 
 
+def disagreement(parts: list[dict]) -> str | None:
+    """Says what went wrong or differs in the `parts` of `Processes.together`, by rank."""
+    for rank, part in enumerate(parts):
+        if part["mistake"]:
+            return f"on rank {rank}: {part['mistake']}" if rank else part["mistake"]
+    ours = parts[0]["found"]
+    for rank, part in enumerate(parts):
+        theirs = part["found"]
+        differences = [
+            f"{name} {theirs[name]} where rank 0 has {ours[name]}"
+            for name in ours
+            if theirs[name] != ours[name]
+        ]
+        if differences:
+            return (
+                f"rank {rank} has {', '.join(differences)}: start all processes with the same "
+                "flags, on the same data"
+            )
+    return None
+
+
 class Processes:
     """This process among the others: its rank, how they meet, and what they do together."""
 
     def __init__(self):
         """Raises InputError where the launcher's variables are not all there, or no numbers."""
         self.launched = "RANK" in os.environ  # a WORLD_SIZE alone is a leftover
+        self.exchanges = 0
         self.rank, self.local_rank, self.world_size = 0, 0, 1
         if self.launched:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,46 +78,126 @@ class Processes:
         return self.launched and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     @property
+    def launcher(self) -> str:
+        """What a shell takes to start a script on as many processes again, on each machine."""
+        own = os.environ.get
+        if not self.launched or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return "python"  # or what only those know who have written their own launcher
+        size = int(own("LOCAL_WORLD_SIZE", "1"))
+        flags = f"--nproc_per_node={size} --max-restarts={own('TORCHELASTIC_MAX_RESTARTS', '0')}"
+        if size == self.world_size:
+            return f"torchrun --standalone {flags}"
+        store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        return (
+            f"{store}={own(store, '0')} torchrun --nnodes={self.world_size // size} {flags} "
+            f"--rdzv_backend=c10d --rdzv_id={shlex.quote(own('TORCHELASTIC_RUN_ID'))} "
+            f"--rdzv_endpoint={own('MASTER_ADDR')}:29500"
+        )
+
+    @property
     def is_main(self) -> bool:
         """Rank 0 alone writes and prints."""
         return self.rank == 0
 
-    def share(self, number: int) -> range:
-        """Returns this process's part of `number` micro-batches.
+    def share(self, windows: int) -> range:
+        """Returns which of a step's `windows` are this process's.
 
         Raises InputError where they do not divide among the processes.
         """
-        if number % self.world_size:
+        if windows % self.world_size:
             raise InputError(
-                f"gradient_accumulation_steps {number} does not divide among {self.world_size} "
-                f"processes: pass a multiple of {self.world_size}"
+                f"the {windows} windows of a step (batch_size × gradient_accumulation_steps) do "
+                f"not divide among {self.world_size} processes: make them a multiple"
             )
-        size = number // self.world_size
+        size = windows // self.world_size
         return range(self.rank * size, (self.rank + 1) * size)
 
-    def meet(self, device: torch.device) -> torch.device:
-        """Waits for the others, where torchrun started them; returns this process's device.
+    # --- Before they train: what each brings, told through a store that needs no device ---
 
-        Raises InputError where a process has no GPU of its own, or they cannot meet on them.
-        """
-        if not self.launched:
-            return device
-        if device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                raise InputError(
-                    f"process {self.local_rank} of this machine has no GPU of its own: pass "
-                    f"--nproc_per_node={torch.cuda.device_count()}"
-                )
-            device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(device)
+    @cached_property
+    def store(self) -> dist.Store:
+        """Where processes leave what others look for; the first use waits for all of them."""
         # While a process waits for the others, a handler in Python would not get its turn.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The launcher's store outlives a restart: the addresses in it are of dead workers.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            return dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        return store
+
+    def exchange(self, value) -> list:
+        """Returns what each process gives here, by rank: anything that JSON can say."""
+        if not self.launched:
+            return [value]
+        self.exchanges += 1
+        names = [f"exchange {self.exchanges} of {rank}" for rank in range(self.world_size)]
+        self.store.set(names[self.rank], json.dumps(value))
+        return [json.loads(given) for given in self.store.multi_get(names)]
+
+    def compare_torch(self) -> None:
+        """Warns where the processes have not all the same torch."""
+        versions = self.exchange(torch.__version__)
+        for rank, version in enumerate(versions):
+            if self.is_main and version != versions[0]:
+                warn(
+                    f"rank {rank} has torch {version} where rank 0 has {versions[0]}: their "
+                    "numbers may differ"
+                )
+
+    @contextmanager
+    def together(self) -> Iterator[dict]:
+        """Has a part of setting up succeed on all processes, or on none.
+
+        Yields a dict for what the part finds that has to be the same on all. Raises InputError, in
+        the same words on all, where that differs or the part has failed on one of them.
+        """
+        found, mistake = {}, None
+        try:
+            yield found
+        except InputError as error:
+            if not self.launched:
+                raise
+            mistake = str(error)
+        parts = self.exchange({"mistake": mistake, "found": found})
+        if said := disagreement(parts):
+            self._see_off()
+            raise InputError(said)
+
+    def _see_off(self) -> None:
+        """Has rank 0, whose store may end with it, wait until the others have read it."""
+        names = [f"read by {rank}" for rank in range(1, self.world_size)]
+        with suppress(dist.DistError):
+            if self.is_main:
+                self.store.wait(names, timedelta(seconds=10))
+            else:
+                self.store.set(names[self.rank - 1], "")
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """Returns this process's device of the kind of `device`.
+
+        Raises InputError where a process has no GPU of its own.
+        """
+        if not self.launched or device.type != "cuda":
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {self.local_rank} of this machine has no GPU of its own: pass "
+                f"--nproc_per_node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    # --- While they train ---
+
+    def meet(self, device: torch.device) -> None:
+        """Connects the processes' devices. Raises InputError where GPUs cannot be."""
+        if not self.launched:
+            return
         backend = "nccl" if device.type == "cuda" else "gloo"
-        group = {"store": store, "rank": self.rank, "world_size": self.world_size}
+        group = {"store": self.store, "rank": self.rank, "world_size": self.world_size}
         try:
             dist.init_process_group(backend, **group)
             if backend == "nccl":  # which starts when it is first used
@@ -101,7 +210,14 @@ class Processes:
                 f"NCCL could not start on {device}: {reason}; NCCL_DEBUG=INFO in the environment "
                 "has it say more"
             ) from error
-        return device
+
+    def from_main(self, value, device: torch.device):
+        """Returns rank 0's `value` on all processes: a nested state with its tensors."""
+        if not self.launched:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=device)
+        return box[0]
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Returns `model` with gradients averaged over all processes in each backward pass."""

@@ -1,5 +1,6 @@
 """Files: their names, and writing them whole or not at all."""
 
+import errno
 import io
 import os
 import secrets
@@ -22,14 +23,28 @@ def step_name(step: int) -> str:
     return f"StoryGPT_step_{step:06}.pt"
 
 
+def remedy(error: OSError) -> str:
+    """Says what mends an error of writing a file."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free some space"
+        case errno.EFBIG:
+            return "allow larger files (`ulimit -f`), or pass another folder"
+        case errno.EACCES | errno.EPERM:
+            return "allow writing there, close what has it open, or pass another folder"
+        case errno.ENOENT | errno.EIO | errno.ENOTCONN | errno.ENODEV | errno.ESTALE:
+            return "see that its folder and its disk are still there"
+    return "pass another folder"
+
+
 @contextmanager
-def writing(path: Path, remedy: str) -> Iterator[None]:
+def writing(path: Path, mend: str = "") -> Iterator[None]:
     """Says in an InputError that `path` could not be written, and what mends that."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): {remedy}"
+            f"{path} cannot be written ({error.strerror or error}): {mend or remedy(error)}"
         ) from error
 
 
@@ -52,11 +67,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink()
         if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
             raise error.__context__ from None  # torch.save complains of the file a Ctrl-C cut short
-        if isinstance(error, OSError | RuntimeError):  # torch.save turns a full disk into either
+        first = error
+        while not isinstance(first, OSError) and first.__context__:
+            first = first.__context__  # torch.save ends in an error of its own about it
+        if isinstance(first, OSError):
             kept = ", and the one before it is kept" if path.exists() else ""
-            reason = getattr(error, "strerror", None) or "the disk is full or the file too large"
             raise InputError(
-                f"{path} cannot be written ({reason}){kept}: free some space or pass another folder"
+                f"{path} cannot be written ({first.strerror or first}){kept}: {remedy(first)}"
             ) from error
         raise
     if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced

@@ -63,8 +63,10 @@ def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
     knows. Raises InputError where they are not valid."""
     kind = {"gpt_config": GPTConfig, "training_config": TrainingConfig}[key]
     try:
+        if "eval_iters" in given:  # of an older version, which counted batches
+            given = given | {"eval_windows": given["eval_iters"] * given["batch_size"]}
         return kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given})
-    except (InputError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{path} has a {key} that is not valid: {error}") from error
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +34,16 @@ def start_tracker(
     if name == "none":
         return lambda entry: None
     try:
-        tracker = __import__(name)
-    except ImportError as error:
-        raise InputError(
-            f"--tracker {name} needs the package {name}: pip install {name}"
-        ) from error
+        tracker = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise half_installed(name, error) from error
+        tracker = None
+    except Exception as error:  # of whatever is in a half installation
+        raise half_installed(name, error) from error
+    # A folder of that name, as wandb makes one for its runs, is an empty package to Python.
+    if getattr(tracker, "__file__", None) is None:
+        raise InputError(f"--tracker {name} needs the package {name}: pip install {name}")
     try:
         # Both share one API, but trackio knows a run by its name alone and keeps all elsewhere.
         options = {"id": run_id, "dir": str(directory)} if name == "wandb" else {}
@@ -47,6 +53,8 @@ def start_tracker(
         )
     except Exception as error:
         raise InputError(f"--tracker {name} cannot start: {one_line(error)}") from error
+    if name == "wandb":  # its own steps must not go back, as ours do after a crash
+        run.define_metric("*", step_metric="step")
     works = True
 
     def track(entry: dict) -> None:
@@ -54,12 +62,23 @@ def start_tracker(
         if not works:
             return
         try:
-            run.log(entry, step=entry["step"])
+            if name == "wandb":
+                run.log(entry)
+            else:  # whose own column is called step
+                run.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         except Exception as error:  # whatever decorates must never end a run
             works = False
             print(f"--tracker {name} has failed and is off: {one_line(error)}", file=sys.stderr)
 
     return track
+
+
+def half_installed(name: str, error: Exception) -> InputError:
+    """Says that a package is there, but cannot be imported."""
+    return InputError(
+        f"--tracker {name} needs the package {name}, which cannot be imported here "
+        f"({one_line(error)}): pip install --force-reinstall {name}"
+    )
 
 
 class Log:
@@ -145,12 +164,12 @@ class Log:
             f"{directory / FINAL}, the curves in {self.plot}; {self._speed()}"
         )
 
-    def stopped(self, data_dir: Path, tracker: str) -> str:
-        """Says how a run that has more steps to make goes on."""
-        flags = {"data_dir": data_dir, "checkpoint_dir": self.plot.parent}
+    def stopped(self, script: Path, launcher: str, data_dir: Path, tracker: str) -> str:
+        """Says how a run that has more steps to make goes on, from whatever folder."""
+        flags = {"data_dir": data_dir.resolve(), "checkpoint_dir": self.plot.parent.resolve()}
         if tracker != "none":
             flags["tracker"] = tracker
-        command = command_line("train.py", resume=True, **flags)
+        command = command_line(str(script.resolve()), launcher, resume=True, **flags)
         step = self.metrics[-1]["step"] if self.metrics else 0
         return f"stopped after step {step:,} ({self._speed()}); continue with: {command}"
 

@@ -19,17 +19,17 @@ def estimate_loss(
     tokens: np.ndarray,
     context_length: int,
     batch_size: int,
-    num_batches: int,
+    num_windows: int,
     device: torch.device,
     dtype: torch.dtype,
     processes: Processes | None = None,
 ) -> float:
-    """Mean loss in nats a token over at most `num_batches` batches of windows of `tokens`.
+    """Mean loss in nats a token over at most `num_windows` windows of `tokens`.
 
     The same windows every time; of several `processes` each takes its share of them.
     """
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
-    starts = validation_starts(tokens, context_length, num_batches * batch_size)
+    starts = validation_starts(tokens, context_length, num_windows)
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
     was_training = model.training
     model.eval()

@@ -2,28 +2,28 @@
 
 import json
 import math
-import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from config import InputError
+from storygpt.cli import warn
 from storygpt.files import save_figure, write_atomically
 
 
 def parse_metrics(text: bytes, path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl read from `path`.
+    """Returns the lines of a metrics.jsonl read from `path`, in which steps may lack.
 
     A power cut can leave half of the last line, which does not count. Raises InputError where
-    another line is not one that training wrote.
+    another line is not one that training wrote, or steps go back.
     """
     lines, metrics = text.splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            follows = not metrics or entry["step"] == metrics[-1]["step"] + 1
             learned = entry["step"] == 0 or math.isfinite(entry["train_loss"])
-            if not (follows and learned and entry["tokens"] >= 0):
+            if not (learned and entry["step"] >= 0 and entry["tokens"] >= 0):
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):
@@ -32,31 +32,45 @@ def parse_metrics(text: bytes, path: Path) -> list[dict]:
                 f"line {number} of {path} is not one that training wrote: mend or remove it, or "
                 "move the file away to go on without it"
             ) from error
+        if metrics and entry["step"] <= metrics[-1]["step"]:
+            raise InputError(
+                f"line {number} of {path} has step {entry['step']:,} after step "
+                f"{metrics[-1]['step']:,}: leave each step once, in order, or move the file away "
+                "to go on without it"
+            )
         metrics.append(entry)
     return metrics
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict]:
-    """The lines of metrics.jsonl up to `last_step`, to which the file is cut.
+    """Returns the lines of metrics.jsonl up to `last_step`, to which it is cut; says what lacks.
 
     Raises InputError, the file untouched, as `parse_metrics` does.
     """
-    if not path.exists():
-        if last_step > 0:
-            print(f"{path} is missing: the curves begin at step {last_step:,}", file=sys.stderr)
-        return []
-    text = path.read_bytes()
+    text = path.read_bytes() if path.exists() else b""
     metrics = [entry for entry in parse_metrics(text, path) if entry["step"] <= last_step]
+    steps = [0, *(entry["step"] for entry in metrics), last_step + 1]
+    gaps = [f"{a + 1:,} to {b - 1:,}" for a, b in pairwise(steps) if b > a + 1]
+    if gaps:
+        warn(f"{path} has no steps {', '.join(gaps)}: the curves go without them")
     kept = "".join(json.dumps(entry) + "\n" for entry in metrics).encode()
     if kept != text:
         write_atomically(path, lambda file: file.write(kept))
     return metrics
 
 
-def append_metrics(path: Path, entry: dict) -> None:
-    """Adds one line of strict JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, allow_nan=False) + "\n")
+def append_metrics(path: Path, entries: list[dict], size: int) -> int:
+    """Adds lines of strict JSON to a file of `size` bytes; returns its new size.
+
+    What is behind `size` is half of what an earlier attempt came to write, and is cut off.
+    """
+    lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+    with open(path, "ab") as file:
+        if file.tell() > size:
+            file.truncate(size)
+        file.write(lines.encode())
+        file.flush()
+        return file.tell()
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -13,102 +13,131 @@ import lzma
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path, PurePath
 
 from config import InputError
-from storygpt.cli import one_line
+from storygpt.cli import one_line, shorten
+from storygpt.files import refuse_pointers
 from storygpt.tokenizer import END_OF_TEXT
 
-KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}  # None: by pyarrow
 BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16's does
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-ROWS = 100  # rows of a table in memory at once
+START_OF_TEXT = "<|startoftext|>"  # a separator's other half, which some write before each story
+TABLE_ROWS = 100  # rows of a table in memory at once
 CHUNK = 2**20  # characters of a file, or bytes of a table, read at once
 # Other columns may hold numbers of any length.
 DECODER = json.JSONDecoder(strict=False, parse_int=float)
 
 
-def kind_of(name: str) -> str:
-    """The kind of a data file by its name, one of KINDS; empty for all others."""
-    name = name.lower()
-    unpacked = name.removesuffix(next((end for end in UNPACK if name.endswith(end)), ""))
-    kind = PurePath(unpacked).suffix
-    return kind if kind in KINDS and (unpacked == name or kind != ".parquet") else ""
+class NoColumn(InputError):
+    """A file, or a row of it, lacks the text column."""
+
+    def __init__(self, where: str, column: str, columns: Iterable):
+        listed = shorten(", ".join(map(str, columns)))
+        super().__init__(
+            f"{where} has no column {column!r}: pass --text_column with one of {listed}"
+        )
 
 
 @contextmanager
-def reading(path) -> Iterator[None]:
-    """Says in one sentence what is wrong with `path`, whatever library finds it."""
+def reading(where) -> Iterator[None]:
+    """Says in one sentence what is wrong with the file `where`, whatever library finds it."""
     try:
         yield
-    except InputError:
+    except InputError as error:
+        error.args = (f"{where}: {error}",)
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+        raise InputError(f"{where} is not UTF-8 text: save it as UTF-8") from error
     except Exception as error:  # each library raises exceptions of its own
-        raise InputError(f"cannot read {path}: {one_line(error)}") from error
+        raise InputError(f"cannot read {where}: {one_line(error)}") from error
+
+
+# --- Text files ---
+
+
+def open_zstandard(path: Path, mode: str) -> io.BufferedIOBase:
+    """Opens a .zst file, also one of `zstd --long`."""
+    try:
+        from compression import zstd
+    except ImportError:  # before Python 3.14
+        from backports import zstd
+
+    return zstd.open(path, mode, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
 
 
 @contextmanager
 def open_text(path: Path, newline: str | None = "") -> Iterator[io.TextIOWrapper]:
-    """A text file, unpacked where its name says it is packed; a byte-order mark tells UTF-16."""
-    packed = path.suffix.lower()
-    if packed == ".zst":
-        import pyarrow
-
-        raw = pyarrow.CompressedInputStream(str(path), "zstd")
-    else:
-        raw = UNPACK.get(packed, open)(path, "rb")
+    """Opens a text file, unpacked where its name says it is packed; its mark tells UTF-16."""
+    raw = PACKED.get(path.suffix.lower(), open)(path, "rb")
     with raw, io.BufferedReader(raw) as file:
         start = file.peek(4)[:4]
         if b"\0" in start and not start.startswith(tuple(BOMS)):
-            raise InputError(f"{path} is UTF-16 without a byte-order mark: save it as UTF-8")
+            raise InputError("it is UTF-16 without a byte-order mark: save it as UTF-8")
         encoding = next((BOMS[bom] for bom in BOMS if start.startswith(bom)), "utf-8-sig")
         yield io.TextIOWrapper(file, encoding, errors="surrogatepass", newline=newline)
 
 
-def text_rows(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    """The stories of a .txt file, which `<|endoftext|>` separates wherever it stands."""
-    number, rest = 0, ""
+def text_stories(path: Path, column: str) -> Iterator[str]:
+    """Yields the stories of a .txt file, which `<|endoftext|>` separates wherever it stands."""
+    rest = ""
     with open_text(path, newline=None) as file:
         while chunk := file.read(max(CHUNK, len(rest))):  # grows with the story: linear in all
+            if "\0" in chunk:
+                raise InputError("it holds NUL characters, which no text does: is it a .txt?")
             *stories, rest = (rest + chunk).split(END_OF_TEXT)
             for story in stories:
-                number += 1
-                yield number, story.strip("\n")
+                yield from divide(story)
     if rest.strip():
-        yield number + 1, rest.strip("\n")
+        yield from divide(rest)
 
 
-def value_in(row, column: str, where: str):
-    """The value of `column` in a JSON object; `a.b` is the field b of a where there is no `a.b`."""
+def divide(story: str) -> Iterator[str]:
+    """Yields what lies between two `<|endoftext|>`: one story, or each that `<|startoftext|>`
+    begins."""
+    before, *others = story.split(START_OF_TEXT)
+    if before.strip() or not others:
+        yield before.strip("\n")
+    for other in others:
+        yield other.strip("\n")
+
+
+# --- JSON ---
+
+
+def text_in(row, column: str, where: str) -> str | None:
+    """Returns the text of `column` in a JSON object; `a.b` is the field b of a where there is no
+    `a.b`."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type_name(row)}, not an object with {column!r}")
-    if column in row:
-        return row[column]
     value = row
-    for name in column.split("."):
+    for name in [column] if column in row else column.split("."):
         if value is None:
             return None
         if not isinstance(value, dict) or name not in value:
-            raise no_column(where, column, row)
+            raise NoColumn(where, column, row)
         value = value[name]
-    return value
+    if value is None or isinstance(value, str):
+        return value
+    raise InputError(f"{where}: column {column!r} holds {type_name(value)}, not text")
 
 
-def no_column(where, column: str, columns: Iterable) -> InputError:
-    return InputError(
-        f"{where} has no column {column!r}: pass --text_column with one of "
-        + ", ".join(map(str, columns))
-    )
+def type_name(value) -> str:
+    """Returns what a value of JSON is called there."""
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "text" if isinstance(value, str) else "a number")
 
 
-def jsonl_rows(path: Path, column: str) -> Iterator[tuple[int, object]]:
+def jsonl_stories(path: Path, column: str) -> Iterator[str | None]:
+    """Yields the stories of a file with a JSON object a line."""
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             line = line.strip("\ufeff \t\r\n")
@@ -116,8 +145,8 @@ def jsonl_rows(path: Path, column: str) -> Iterator[tuple[int, object]]:
                 try:
                     row = DECODER.decode(line)
                 except ValueError as error:
-                    raise InputError(f"{path}, row {number} is not JSON: {error}") from error
-                yield number, value_in(row, column, f"{path}, row {number}")
+                    raise InputError(f"row {number} is not JSON: {one_line(error)}") from error
+                yield text_in(row, column, f"row {number}")
 
 
 class JSONStream:
@@ -127,7 +156,7 @@ class JSONStream:
         self.file, self.text, self.at = file, "", 0
 
     def peek(self) -> str:
-        """The next character that is not white space, empty at the end."""
+        """Returns the next character that is not white space, empty at the end."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n\ufeff":
@@ -168,7 +197,7 @@ class JSONStream:
             self.text, self.at = self.text[self.at :] + more, 0
 
     def items(self) -> Iterator:
-        """The values of a list, one at a time."""
+        """Yields the values of a list, one at a time."""
         self.expect("[")
         if self.take("]"):
             return
@@ -177,92 +206,141 @@ class JSONStream:
             self.expect(",")
             yield self.value()
 
-    def fields(self) -> Iterator[str]:
-        """The keys of an object, each before the caller takes its value."""
+    def fields(self) -> Iterator[tuple[str, Iterator]]:
+        """Yields the keys of an object, each with the items of its list; other values are passed
+        over, as is what the caller leaves of a list."""
         self.expect("{")
         if self.take("}"):
             return
         while True:
-            yield self.value()
+            key = self.value()
+            self.expect(":")
+            items = self.items() if self.peek() == "[" else iter([self.value()][:0])
+            yield key, items
+            deque(items, maxlen=0)
             if self.take("}"):
                 return
             self.expect(",")
 
 
-def has_column(row, column: str) -> bool:
-    return isinstance(row, dict) and (column in row or column.split(".")[0] in row)
+def key_of_rows(stream: JSONStream, column: str) -> str | None:
+    """Finds the key of the list that holds a .json file's rows; None where they are its own values.
+
+    The first value decides: an object without the column stands for its one list whose objects
+    have it.
+    """
+    if stream.peek() != "{":
+        return None
+    names, lists, inside = {column, column.split(".")[0]}, [], []
+    for key, items in stream.fields():
+        if key in names:
+            return None
+        first = next(items, None)
+        if isinstance(first, dict):
+            inside.append(first)
+            lists += [key] if names & first.keys() else []
+    if len(lists) > 1:
+        raise InputError(f"it has the lists {shorten(', '.join(lists))}: leave one in a file")
+    if inside and not lists:
+        raise NoColumn("row 1", column, inside[0])
+    return lists[0] if lists else None
 
 
-def json_objects(stream: JSONStream, column: str) -> Iterator:
-    """The rows of a .json file: of a list, at the top or under one key, or one after another."""
-    while stream.peek():
-        if stream.peek() != "{":
+def json_rows(stream: JSONStream, key: str | None) -> Iterator:
+    """Yields the items of the lists under `key`; without one, the file's objects and the items of
+    its lists."""
+    while character := stream.peek():
+        if key is not None:
+            keys = []
+            for found, items in stream.fields():
+                keys.append(found)
+                if found == key:
+                    yield from items
+            if key not in keys:
+                raise InputError(f"it has an object without {key!r}, where the first has its rows")
+        elif character == "[":
             yield from stream.items()
-            continue
-        row, lists, inside = {}, [], []
-        for key in stream.fields():
-            stream.expect(":")
-            if column in row or stream.peek() != "[":
-                row[key] = stream.value()
-                continue
-            row[key], items = [], stream.items()
-            first = next(items, None)
-            if isinstance(first, dict):
-                inside.append(first)
-            if has_column(first, column):
-                lists.append(key)
-                if len(lists) > 1:
-                    raise ValueError(f"it has the lists {', '.join(lists)}: leave one in a file")
-                yield first
-                yield from items
-            deque(items, maxlen=0)
-        if not lists:  # where it has no text either, the columns to choose from are the list's
-            yield row if has_column(row, column) or not inside else inside[0]
+        else:
+            yield stream.value()
 
 
-def json_rows(path: Path, column: str) -> Iterator[tuple[int, object]]:
+def json_stories(path: Path, column: str) -> Iterator[str | None]:
+    """Yields the stories of a .json file, which is read up to two times: where its rows are is
+    known only at the end of its first value."""
     with open_text(path) as file:
-        for number, row in enumerate(json_objects(JSONStream(file), column), 1):
-            yield number, value_in(row, column, f"{path}, row {number}")
+        key = key_of_rows(JSONStream(file), column)
+    with open_text(path) as file:
+        for number, row in enumerate(json_rows(JSONStream(file), key), 1):
+            yield text_in(row, column, f"row {number}")
 
 
-def csv_rows(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
-    """The fields of a .csv or .tsv file: never a null, whatever word they hold."""
+# --- Tables ---
+
+
+def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line, fields) of each row; a field in quotes may go on over lines."""
+    rows = csv.reader(lines, strict=True)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise InputError(f"line {rows.line_num} is not CSV: {error}") from error
+
+
+def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line, fields) of each line: all between its tabs, without quotes around all of it."""
+    for number, line in enumerate(lines, 1):
+        fields = line.rstrip("\r\n").split("\t")
+        for place, field in enumerate(fields):
+            inner = field[1:-1]
+            if field == f'"{inner}"' and '"' not in inner.replace('""', ""):
+                fields[place] = inner.replace('""', '"')
+        yield number, fields if line.strip("\r\n") else []
+
+
+def likely_separator(header: str, column: str, expected: str) -> str:
+    """Returns what seems to separate the fields of a header: `expected`, unless only another has
+    the column, or more than one field."""
+
+    def rank(separator: str) -> tuple:
+        fields = [field.strip('" \r\n') for field in header.split(separator)]
+        own = separator == expected
+        return column in fields, own and len(fields) > 1, len(fields), own
+
+    return max(",;\t|", key=rank)
+
+
+def table_stories(path: Path, column: str) -> Iterator[str]:
+    """Yields the stories of a .csv or .tsv file: never a null, whatever word they hold."""
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if kind_of(path.name) == ".tsv" else ","
+    separator, rows_of = ("\t", tsv_rows) if kind_of(path.name) == ".tsv" else (",", csv_rows)
     with open_text(path) as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, None)
-            if header is None:  # an empty file
-                return
-            if column not in header:
-                if len(header) == 1 and (others := set(",;\t|").intersection(header[0])):
-                    raise InputError(
-                        f"{path} has {min(others)!r} between its fields: save it with "
-                        f"{delimiter!r} there, as {kind_of(path.name)} has it"
-                    )
-                raise no_column(path, column, header)
-            if header.count(column) > 1:
-                raise InputError(f"{path} has two columns {column!r}: rename one")
-            place = header.index(column)
-            for row in rows:
-                if len(row) > len(header) or (row and len(row) <= place):
-                    raise InputError(
-                        f"{path}, line {rows.line_num} has {len(row)} fields where the header has "
-                        f"{len(header)}: put quotation marks around fields that hold a comma, a "
-                        "tab or a line break"
-                    )
-                if row:
-                    yield rows.line_num, row[place]
-        except csv.Error as error:
-            raise InputError(f"{path}, line {rows.line_num} is not CSV: {error}") from error
+        first = file.readline()
+        other = likely_separator(first, column, separator)
+        if other != separator:
+            raise InputError(
+                f"it has {other!r} between its fields: save it with {separator!r} there"
+            )
+        rows = rows_of(chain([first], file))
+        _, header = next(rows, (0, []))
+        if first and column not in header:
+            raise NoColumn("it", column, header)
+        if header.count(column) > 1:
+            raise InputError(f"it has two columns {column!r}: rename one")
+        for line, row in rows:
+            if row and len(row) != len(header):
+                raise InputError(
+                    f"line {line} has {len(row)} fields where the header has {len(header)}: a "
+                    "field with a separator or a line break needs quotation marks, and a .csv"
+                )
+            if row:
+                yield row[header.index(column)]
 
 
-def arrow_rows(
-    tables: Iterable, column: str, name, columns: list[str] | None = None
-) -> Iterator[tuple[int, str | None]]:
-    """The texts of Arrow tables or record batches, with all their `columns` or some of them.
+def arrow_stories(
+    tables: Iterable, column: str, columns: list[str] | None = None
+) -> Iterator[str | None]:
+    """Yields the texts of Arrow tables or record batches, with all their `columns` or some of them.
 
     Raises InputError for a column of no text.
     """
@@ -282,7 +360,7 @@ def arrow_rows(
             ):
                 values = compute.struct_field(values, field)
             else:
-                raise no_column(name, column, columns or table.schema.names)
+                raise NoColumn("it", column, columns or table.schema.names)
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         text_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
         if any(is_text(kind) for is_text in text_types):
@@ -292,14 +370,14 @@ def arrow_rows(
             values = pa.nulls(len(values), pa.large_binary())
         else:
             row = number + 1 + values.is_valid().index(True).as_py()
-            raise InputError(f"{name}, row {row}: column {column!r} holds {kind}, not text")
+            raise InputError(f"row {row}: column {column!r} holds {kind}, not text")
         for value in values:
-            number += 1
-            valid = value.is_valid
-            yield number, str(value.as_buffer(), "utf-8", "surrogatepass") if valid else None
+            yield str(value.as_buffer(), "utf-8", "surrogatepass") if value.is_valid else None
+        number += len(values)
 
 
-def parquet_rows(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
+def parquet_stories(path: Path, column: str) -> Iterator[str | None]:
+    """Yields the stories of a .parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -309,52 +387,14 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
         meta = file.metadata
         size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-        rows = min(max(CHUNK * meta.num_rows // (size or 1), 1), ROWS)
+        rows = min(max(CHUNK * meta.num_rows // (size or 1), 1), TABLE_ROWS)
         batches = file.iter_batches(rows, columns=[column], use_threads=False)
-        yield from arrow_rows(batches, column, path, file.schema_arrow.names)
+        yield from arrow_stories(batches, column, file.schema_arrow.names)
 
 
-def saved_rows(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
-    """The texts of an Arrow file that `datasets` wrote."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-        slices = (b.slice(i, ROWS) for b in batches for i in range(0, b.num_rows, ROWS))
-        yield from arrow_rows(slices, column, path)
-
-
-READERS: dict[str, Callable] = {
-    ".txt": text_rows,
-    ".jsonl": jsonl_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".tsv": csv_rows,
-    ".parquet": parquet_rows,
-    ".arrow": saved_rows,
-}
-
-
-def read_files(paths: list[Path], column: str) -> Iterator[str | None]:
-    """The values of the text column in all files: text or None. Raises InputError for others."""
-    for path in paths:
-        read = READERS[kind_of(path.name) or path.suffix]
-        with reading(path):
-            for number, value in read(path, column):
-                if value is not None and type(value) is not str:
-                    held = f"column {column!r} holds {type_name(value)}"
-                    raise InputError(f"{path}, row {number}: {held}, not text")
-                yield value
-
-
-def type_name(value) -> str:
-    """What a value of JSON is called there."""
-    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "text" if isinstance(value, str) else "a number")
-
-
-def count_rows(paths: list[Path]) -> int | None:
-    """The rows of all files, where they are tables that know it."""
-    if not all(path.suffix.lower() == ".parquet" for path in paths):
+def count_rows(paths: Iterable[Path]) -> int | None:
+    """Counts the rows of all files, where they are tables that know it."""
+    if any(path.suffix.lower() != ".parquet" for path in paths):
         return None
     from pyarrow import parquet
 
@@ -363,3 +403,34 @@ def count_rows(paths: list[Path]) -> int | None:
         with reading(path):
             total += parquet.read_metadata(path).num_rows
     return total
+
+
+# --- Files of every kind ---
+
+READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+    ".txt": text_stories,
+    ".jsonl": jsonl_stories,
+    ".json": json_stories,
+    ".csv": table_stories,
+    ".tsv": table_stories,
+    ".parquet": parquet_stories,
+}
+KINDS_READ = f"{', '.join(READERS)}; all but .parquet also packed as {', '.join(PACKED)}"
+
+
+def kind_of(name: str) -> str:
+    """Returns the kind of a data file by its name, a key of READERS; empty for all others."""
+    name = name.lower()
+    unpacked = name.removesuffix(next((end for end in PACKED if name.endswith(end)), ""))
+    kind = PurePath(unpacked).suffix
+    return kind if kind in READERS and (unpacked == name or kind != ".parquet") else ""
+
+
+def read_stories(path: Path, where: str, column: str) -> Iterator[str | None]:
+    """Yields the text column of a file, which messages call `where`: text, or None for a null.
+
+    Raises InputError for anything else.
+    """
+    with reading(where):
+        refuse_pointers([path])
+        yield from READERS[kind_of(path.name)](path, column)

@@ -1,18 +1,22 @@
 """A run and its folder: no other run writes there, nothing is overwritten, every file is whole."""
 
 import errno
+import math
 import os
 import re
-import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 
 from config import MAY_CHANGE, GPTConfig, InputError, TrainingConfig
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
+from storygpt.cli import warn
 from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
 from storygpt.metrics import append_metrics, read_metrics
 from storygpt.state import check_resumable
@@ -29,30 +33,145 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
         )
 
 
+def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None) -> bool:
+    """Tells whether a run goes on with these settings. Where they are others, one that has saved no
+    step is rather begun anew, unless it was given weights to start from.
+
+    `origin` is that of --init_from, where it was passed. Raises InputError with every setting in
+    which these would change the run.
+    """
+    before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
+    now = asdict(gpt) | asdict(training)
+    differences = [
+        f"{name} was {before[name]} and is now {now[name]}"
+        for name in before
+        if name not in MAY_CHANGE and before[name] != now[name]
+    ]
+    begun = resumed.get("init_from") or {}
+    if origin and origin["sha256"] != begun.get("sha256"):
+        was = begun.get("checkpoint", "nothing")
+        differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
+    if differences and resumed["step"] == 0 and not begun:
+        return False
+    if differences:
+        raise InputError(
+            f"--resume would change the run: {'; '.join(differences)}. "
+            "Leave those flags out, or pass another --checkpoint_dir without --resume"
+        )
+    return True
+
+
+class Found(NamedTuple):
+    """What there is in a run's folder."""
+
+    what: Literal["nothing", "a run begun", "a run", "a finished run"]
+    """A run begun has saved no step, but the settings it began with."""
+    latest: dict | None
+    """What StoryGPT_latest.pt holds, if there is one."""
+
+
+class Retry:
+    """When to try again what could not be written: at the next step, and then every minute."""
+
+    def __init__(self):
+        self.since = math.inf
+        """When the first of the failures in a row was."""
+        self.next = -math.inf
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() >= self.next
+
+    def failing_for(self, seconds: float) -> bool:
+        """Tells whether nothing could be written for so long."""
+        return time.monotonic() >= self.since + seconds
+
+    def note(self, error: InputError | None) -> None:
+        """Takes note of how an attempt went, and says a line where it failed."""
+        now = time.monotonic()
+        if error is None:
+            self.since, self.next = math.inf, -math.inf
+            return
+        first = self.since == math.inf
+        self.since, self.next = (now, now) if first else (self.since, now + 60)
+        warn(f"{error}. Trying again {'at the next step' if first else 'in a minute'}")
+
+
 class RunFolder:
     """One run's checkpoints and metrics on disk."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.writer, self.pending_save = ThreadPoolExecutor(1), Future()
-        self.pending_save.set_result(None)
+        # Ends with its process, however that ends: a lock that is a file's existence would not.
+        self.guard = FileLock(directory / ".lock", fallback_to_soft=False)
+        self.made = [p for p in (directory, *directory.parents) if not p.exists()]
+        self.writer = ThreadPoolExecutor(1)
+        self.attempt: Future | None = None
+        """The save that goes on in the background."""
+        self.unsaved: dict[str, dict] = {}
+        """Checkpoints that are not yet on disk, by file name."""
+        self.unwritten: list[dict] = []
+        """Lines of metrics.jsonl that are not yet there."""
+        self.saving, self.appending = Retry(), Retry()
+        self.save_seconds = 0.0
+        """What the last save took."""
 
-    def unfinished(self) -> dict | None:
-        """The checkpoint to go on from; None where no step was ever saved.
+    def lock(self) -> None:
+        """Locks the folder, made if need be, before anything in it is looked at.
 
-        Raises InputError where a run's checkpoint is gone or damaged.
+        Raises InputError where another process has it.
         """
-        latest = self.directory / LATEST
-        if not latest.exists() and (held := self.held()):
-            raise InputError(
-                f"{self.directory} has {held} but not {LATEST}, from which alone a run can be "
-                "resumed: put it back, or pass another --checkpoint_dir"
-            )
-        checkpoint = self.load_latest() if latest.exists() else None
-        return checkpoint if checkpoint and checkpoint["step"] else None
+        with writing(self.directory, "pass another --checkpoint_dir"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.guard.acquire(blocking=False)
+            except Timeout as error:
+                raise InputError(
+                    f"another process is training in {self.directory}: wait for it, or pass "
+                    "another --checkpoint_dir"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                warn(f"{self.directory} is on a disk without locks: nothing keeps a second run out")
 
-    def load_latest(self) -> dict:
-        """What was saved to go on from. Raises InputError where it cannot be read."""
+    def close(self) -> None:
+        """Unlocks the folder, once nothing is written any more; where it was made for a run that
+        never began, removes it."""
+        self.writer.shutdown()
+        self.guard.release()
+        with suppress(OSError):
+            if self.made and os.listdir(self.directory) == [".lock"]:
+                (self.directory / ".lock").unlink()
+                for path in self.made:
+                    path.rmdir()
+
+    def look(self) -> Found:
+        """Says what is in the folder. Raises InputError where it is neither empty nor a run that
+        can go on."""
+        kept = [FINAL, *(path.name for path in self.directory.glob("StoryGPT_step_*.pt"))]
+        if not (self.directory / LATEST).exists():
+            self._refuse([*kept, BEST, METRICS, PLOT])
+            return Found("nothing", None)
+        latest = self._load_latest()
+        if latest["step"] == 0:
+            self._refuse(kept)
+            return Found("a run begun", latest)
+        finished = latest["step"] == latest["training_config"].max_steps
+        return Found("a finished run" if finished else "a run", latest)
+
+    def _refuse(self, names: list[str]) -> None:
+        """Raises InputError where there is one of the files that training would write over."""
+        for path in (self.directory / name for name in names):
+            if path.exists() and path.stat().st_size:
+                raise InputError(
+                    f"{self.directory} already holds {path.name} of a run, but not the {LATEST} "
+                    "from which alone it can be resumed: put that back, or pass another "
+                    "--checkpoint_dir"
+                )
+
+    def _load_latest(self) -> dict:
+        """Returns what was saved to go on from. Raises InputError where it cannot be read."""
         try:
             checkpoint = load_checkpoint(self.directory / LATEST)
             check_resumable(checkpoint)
@@ -63,97 +182,63 @@ class RunFolder:
                 f"another --checkpoint_dir, and --init_from to start from this run's {BEST}"
             ) from error
 
-    def check_same_run(
-        self, resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None
-    ) -> None:
-        """Raises InputError with every setting in which these would change a resumed run.
+    def find(self, resume: bool) -> dict | None:
+        """Returns the StoryGPT_latest.pt of the run to go on with, or None where a new one begins.
 
-        `origin` is that of --init_from, where it was passed.
+        Raises InputError where a new run would overwrite another.
         """
-        before = asdict(resumed["gpt_config"]) | asdict(resumed["training_config"])
-        now = asdict(gpt) | asdict(training)
-        differences = [
-            f"{name} was {before[name]} and is now {now[name]}"
-            for name in before
-            if name not in MAY_CHANGE and before[name] != now[name]
-        ]
-        begun = resumed.get("init_from") or {}
-        if origin and origin["sha256"] != begun.get("sha256"):
-            was = begun.get("checkpoint", "nothing")
-            differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
-        if differences:
-            raise InputError(
-                f"--resume would change the run in {self.directory}: {'; '.join(differences)}. "
-                "Leave those flags out, or pass another --checkpoint_dir without --resume"
-            )
+        found = self.look()
+        if resume or found.latest is None:
+            return found.latest
+        if found.what == "a run begun":  # it has nothing to lose
+            return None
+        how = "" if found.what == "a finished run" else "continue it with --resume, or "
+        raise InputError(
+            f"{self.directory} already holds {found.what}: {how}pass another --checkpoint_dir"
+        )
 
-    def check_unused(self) -> None:
-        """Raises InputError where a new run would overwrite another."""
-        if held := self.held():
-            raise InputError(
-                f"{self.directory} already holds a run ({held}): continue it with --resume, or "
-                "pass another --checkpoint_dir"
-            )
+    def cut(self, step: int) -> list[dict]:
+        """Clears away what is of later than `step`, and returns the metrics up to there.
 
-    def held(self) -> str | None:
-        """The name of a file that a run has left here, or None.
-
-        The first checkpoint of a run that never came to save a step holds nothing, and its metrics
-        tell of nothing that is there.
+        Raises InputError where metrics.jsonl is spoiled.
         """
-        latest = self.directory / LATEST
-        names = [FINAL, *(p.name for p in self.directory.glob("StoryGPT_step_*.pt"))]
-        if not latest.exists():
-            names += [BEST, METRICS, PLOT]
-        elif self.load_latest()["step"]:
-            return LATEST
-        paths = [self.directory / name for name in names]
-        return next((path.name for path in paths if path.exists() and path.stat().st_size), None)
-
-    def open(self, step: int) -> list[dict]:
-        """Locks the folder, made if need be, and returns the metrics up to `step`.
-
-        Raises InputError where another process has it, or metrics.jsonl is spoiled.
-        """
-        # Ends with its process, however that ends: a lock that is a file's existence would not.
-        self.lock = FileLock(self.directory / ".lock", fallback_to_soft=False)
-        with writing(self.directory, "pass another --checkpoint_dir"):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock.acquire(blocking=False)
-            except Timeout as error:
-                raise InputError(
-                    f"another process is training in {self.directory}: wait for it, or pass "
-                    "another --checkpoint_dir"
-                ) from error
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                print(
-                    f"{self.directory} is on a disk without locks: nothing keeps a second run out",
-                    file=sys.stderr,
-                )
         for path in self.directory.iterdir():  # of a process killed while it was saving
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
         # a run that saved no step begins anew: not even the line of step 0 is kept
         metrics = read_metrics(self.directory / METRICS, step or -1)
-        (self.directory / METRICS).touch()
+        with writing(self.directory / METRICS):
+            (self.directory / METRICS).touch()
+        self.size = (self.directory / METRICS).stat().st_size
+        for name in (BEST, PLOT) if step == 0 else ():
+            (self.directory / name).unlink(missing_ok=True)
         return metrics
 
     def append(self, entry: dict) -> None:
-        """Adds a line to metrics.jsonl. Raises InputError where it cannot be written."""
+        """Adds a line to metrics.jsonl, now or when that can be written again."""
+        self.unwritten.append(entry)
+        if self.appending.due:
+            self.appending.note(self._append())
+
+    def _append(self) -> InputError | None:
+        """Tries to write the lines that are not there yet; returns what that failed for."""
+        if not self.unwritten:
+            return None
         path = self.directory / METRICS
-        with writing(path, "free some space, and go on with --resume"):
-            append_metrics(path, entry)
+        try:
+            with writing(path):
+                self.size = append_metrics(path, self.unwritten, self.size)
+        except InputError as error:
+            return error
+        self.unwritten = []
+        return None
 
     def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
         """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.
 
         Writes in a thread, from a copy, while training goes on. Raises InputError where the
-        weights are not finite, and where the save before this one has failed.
+        weights are not finite.
         """
-        self.wait()
         finite = [w.isfinite().all() for w in checkpoint["model_state_dict"].values()]
         if not torch.stack(finite).all():
             raise InputError(
@@ -161,20 +246,66 @@ class RunFolder:
                 f"saved; the last good checkpoint is {self.directory / LATEST}. Likely cause: too "
                 "high a --learning_rate"
             )
+        if self.attempt:
+            self.saving.note(self._end_attempt())
         checkpoint = on_cpu(checkpoint)
         resume = on_cpu(resume) if LATEST in names else {}
-        self.pending_save = self.writer.submit(self._write, names, checkpoint, resume)
+        for name in names:  # in this order: what is saved to go on from says what the best was
+            self.unsaved.pop(name, None)
+            self.unsaved[name] = checkpoint | resume if name == LATEST else checkpoint
+        self._start_attempt()
 
-    def _write(self, names: list[str], checkpoint: dict, resume: dict) -> None:
-        with open(self.directory / METRICS, "rb") as file:
-            os.fsync(file.fileno())  # a checkpoint never outlives its steps' metrics
-        for name in names:
-            whole = checkpoint | resume if name == LATEST else checkpoint
-            save_checkpoint(self.directory / name, whole)
+    def keep_up(self) -> None:
+        """Notices a save that has failed, and tries again when that is due."""
+        if self.attempt and self.attempt.done():
+            self.saving.note(self._end_attempt())
+        elif not self.attempt and self.unsaved and self.saving.due:
+            self._start_attempt()
 
-    def wait(self) -> None:
-        """Waits until what was saved is on disk. Raises InputError where that failed."""
-        self.pending_save.result()
+    def failing_for(self, minutes: float) -> bool:
+        """Tells whether no checkpoint could be written for so long."""
+        return self.saving.failing_for(60 * minutes)
+
+    def wait(self, minutes: float = 0) -> None:
+        """Waits until all is on disk; where that fails, tries again for so long, but once at least.
+
+        Raises InputError where it could not be written.
+        """
+        deadline, tried = time.monotonic() + 60 * minutes, False
+        if self.unsaved and not self.attempt:
+            self._start_attempt()
+        while error := self._end_attempt() or self._append():
+            if tried and time.monotonic() >= deadline:
+                raise error
+            if tried:
+                warn(f"{error}. Trying again in a minute")
+                time.sleep(min(60, max(0, deadline - time.monotonic())))
+            tried = True
+            self._start_attempt()
+        self.saving.note(None)
+
+    def _start_attempt(self) -> None:
+        self.attempt = self.writer.submit(self._write)
+
+    def _end_attempt(self) -> InputError | None:
+        """Waits for the save that goes on, if one does, and returns what it failed for."""
+        error = self.attempt.result() if self.attempt else None
+        self.attempt = None
+        return error
+
+    def _write(self) -> InputError | None:
+        """Tries to save what is not saved yet; returns what that failed for."""
+        began = time.monotonic()
+        with suppress(OSError), open(self.directory / METRICS, "rb") as file:
+            os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
+        try:
+            for name in list(self.unsaved):
+                save_checkpoint(self.directory / name, self.unsaved[name])
+                del self.unsaved[name]
+        except InputError as error:
+            return error
+        self.save_seconds = time.monotonic() - began
+        return None
 
 
 def on_cpu(value):

@@ -46,13 +46,34 @@ class SplitWriter:
 
 
 def install(scratch: Path, data_dir: Path, meta: dict) -> None:
-    """Writes `meta.json` and moves it and the finished files of `scratch` into `data_dir`."""
+    """Writes `meta.json` and move it and the finished files of `scratch` into `data_dir`.
+
+    Raises InputError where that fails; the old files are there again then.
+    """
     (scratch / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     # Without its meta.json a data folder counts as not prepared: a run killed between these lines
     # can leave no mix of old and new.
-    (data_dir / META).unlink(missing_ok=True)
-    for name in (*(f"{split}.bin" for split in SPLITS), META):
-        os.replace(scratch / name, data_dir / name)
+    names, aside = (*(f"{split}.bin" for split in SPLITS), META), {}
+    try:
+        for name in names:
+            place = data_dir / name
+            if place.is_dir():
+                raise IsADirectoryError(0, "a folder is in the way")
+            if place.exists():
+                os.replace(place, scratch / f"old-{name}")
+                aside[place] = scratch / f"old-{name}"
+        for name in names:
+            place = data_dir / name
+            os.replace(scratch / name, place)
+    except BaseException as error:
+        for old, kept in aside.items():
+            os.replace(kept, old)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{place} cannot be replaced ({error.strerror}), and what was there is kept: move "
+                "it away, or pass another --data_dir"
+            ) from error
+        raise
 
 
 def is_meta(meta) -> bool:

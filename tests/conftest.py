@@ -38,7 +38,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = (
     "--vocab_size 512 --context_length 64 --n_layer 2 --n_head 2 --n_embd 32 --dropout 0.1 "
     "--batch_size 4 --gradient_accumulation_steps 2 --warmup_steps 4 --max_steps 20 "
-    "--learning_rate 0.003 --min_lr 0.0003 --eval_interval 10 --eval_iters 4 --save_minutes 0 "
+    "--learning_rate 0.003 --min_lr 0.0003 --eval_interval 10 --eval_windows 16 --save_minutes 0 "
     "--device cpu --dtype float32"
 ).split()
 
@@ -202,16 +202,26 @@ def copy_of_run(run_dir, tmp_path) -> Path:
 def set_up(data_dir, tmp_path, monkeypatch):
     """set_up(*flags) -> what `train.py` trains with, of a new tiny run in tmp_path / "run"."""
     import train
+    from storygpt.cli import parse_first
+    from storygpt.distributed import Processes
+    from storygpt.run_folder import RunFolder
 
+    folders = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision = torch.get_float32_matmul_precision()
 
     def made(*flags):
-        folders = ["--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path / "run")]
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *folders, *flags])
-        return train.set_up(train.parse_arguments())
+        paths = ["--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *paths, *flags])
+        for folder in folders:
+            folder.close()
+        first = parse_first(train.FirstFlags)
+        folders.append(RunFolder(first.checkpoint_dir))
+        return train.set_up(train.find_run(first, Processes(), folders[-1]))
 
     yield made
+    for folder in folders:
+        folder.close()
     torch.set_float32_matmul_precision(precision)
     for number, handler in handlers.items():
         signal.signal(number, handler)

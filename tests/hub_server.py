@@ -26,10 +26,13 @@ API = rf"/api/(?P<kind>models|datasets|spaces)/{REPO}"
 
 @dataclass
 class Repo:
-    """Files by path, a commit after another; commits[0] is the empty repo's."""
+    """Files by path, a commit after another; commits[0] is the empty repo's. `branches` are beside
+    them; of a `gated` repo anybody sees the names of the files, and nobody gets them."""
 
     private: bool = False
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b""}])
+    branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    gated: bool = False
 
     def sha(self, number: int = -1) -> str:
         number %= len(self.commits)
@@ -38,6 +41,9 @@ class Repo:
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """(commit id, files) of a branch or commit."""
         found = {self.sha(i): files for i, files in enumerate(self.commits)}
+        for name, files in self.branches.items():
+            branch = hashlib.sha1(f"{id(self)} {name}".encode()).hexdigest()
+            found[branch], revision = files, branch if revision == name else revision
         revision = self.sha() if revision == "main" else revision
         return (revision, found[revision]) if revision in found else None
 
@@ -89,6 +95,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.ranges: list[str] = []  # that downloads asked for
+        self.moved: dict[str, str] = {}  # names of data sets by their old ones
         self.lock = threading.Lock()
 
     def __enter__(self) -> "Hub":
@@ -141,8 +148,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one(self) -> None:
         url = urlsplit(self.path)
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
-        fault = self.hub.next_fault(f"{self.command} {self.route}")
+        self.route, self.query = url.path, parse_qs(url.query)
+        fault = self.hub.next_fault(f"{self.command} {unquote(url.path)}")
         length = int(self.headers.get("Content-Length", 0))
         if fault and fault.what == "cut" and self.command != "GET":
             self.rfile.read(length // 2)
@@ -153,7 +160,10 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(fault.what, "planned")
             for pattern, action in self.routes.items():
                 if match := re.fullmatch(pattern, f"{self.command} {self.route}"):
-                    status, headers, data = action(self, **match.groupdict())
+                    parts = {
+                        key: value and unquote(value) for key, value in match.groupdict().items()
+                    }
+                    status, headers, data = action(self, **parts)
                     break
             else:
                 raise Refusal(404, "no such page")
@@ -310,6 +320,21 @@ class Handler(BaseHTTPRequestHandler):
             {"id": id, "sha": sha, "private": repo.private, "siblings": siblings, "tags": []}
         )
 
+    def refs(self, kind: str, id: str):
+        branches = {"main": self.repo(kind, id).sha()} | self.repo(kind, id).branches
+        converts = [name for name in branches if name.startswith("refs/convert/")]
+        refs = [
+            [{"name": name.split("/")[-1], "ref": name, "targetCommit": ""} for name in names]
+            for names in (branches.keys() - converts, converts)
+        ]
+        return self.answer({"branches": refs[0], "converts": refs[1], "tags": []})
+
+    def redirect(self, before: str, old: str, after: str):
+        if old not in self.hub.moved:
+            raise Refusal(404 if self.token() else 401, "Repository Not Found", "RepoNotFound")
+        query = urlsplit(self.path).query
+        return 307, {"Location": f"{before}/{self.hub.moved[old]}{after}?{query}"}, b""
+
     def entries(self, files: dict[str, bytes]) -> list[dict]:
         entries = []
         for path, data in files.items():
@@ -346,7 +371,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(entries)
 
     def resolve(self, id: str, rev: str, path: str, prefix: str | None = None):
-        sha, files = self.revision(self.repo(prefix or "models", id), rev)
+        repo = self.repo(prefix or "models", id)
+        sha, files = self.revision(repo, rev)
+        if repo.gated:
+            raise Refusal(403, "you are not in the authorized list", "GatedRepo")
         if path not in files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         data, status = files[path], 200
@@ -374,5 +402,8 @@ class Handler(BaseHTTPRequestHandler):
         rf"GET {API}": info,
         rf"GET {API}/revision/(?P<rev>[^/]+)": info,
         rf"GET {API}/tree/(?P<rev>[^/]+)(/(?P<under>.+))?": tree,
+        rf"GET {API}/refs": refs,
+        r"(GET|HEAD) (?P<before>(/api)?/datasets)/(?P<old>[^/]+)"
+        r"(?P<after>|/(tree|revision|resolve|refs)(/.*)?)": redirect,
         rf"(GET|HEAD) (/(?P<prefix>datasets|spaces))?/{REPO}/resolve/{FILE}": resolve,
     }

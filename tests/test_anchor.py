@@ -70,7 +70,7 @@ def schedule(step: int) -> float:
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 1e-3)])
 def test_ten_steps_equal_a_loop_of_torch_alone(optimizer, tolerance, script, data_dir, tmp_path):
     flags = SHAPE | RECIPE | {"optimizer": optimizer, "dropout": 0, "eval_interval": 10}
-    flags |= {"eval_iters": 1, "device": "cpu", "dtype": "float32"}
+    flags |= {"eval_windows": 4, "device": "cpu", "dtype": "float32"}
     flags |= {"data_dir": data_dir, "checkpoint_dir": tmp_path}
     flags = [f"--{name}={value}" for name, value in flags.items()]
     result = script("train.py", *flags)
@@ -113,8 +113,8 @@ def test_ten_steps_equal_a_loop_of_torch_alone(optimizer, tolerance, script, dat
             o.step()
     assert len(lines) == 10
     held_out = np.fromfile(data_dir / "validation.bin", dtype="<u2").astype(np.int64)
-    windows = (len(held_out) - 1) // T  # of which three are read, evenly spread
-    starts = [i * windows // 3 * T for i in range(3)]
+    windows = (len(held_out) - 1) // T  # of which four are read, evenly spread
+    starts = [i * windows // 4 * T for i in range(4)]
     rows = torch.from_numpy(np.stack([held_out[s : s + T + 1] for s in starts]))
     loss = F.cross_entropy(forward(w, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
     assert lines[-1]["val_loss"] == pytest.approx(loss.item(), rel=tolerance)

@@ -97,6 +97,15 @@ def test_strangers_are_refused_in_one_sentence_and_run_nothing(tmp_path):
     assert not (tmp_path / "proof").exists()
 
 
+def test_a_checkpoint_of_an_older_version_has_as_many_validation_windows_as_it_had(tmp_path):
+    """It counted batches of batch_size windows."""
+    older = replace(TrainingConfig(), batch_size=16)
+    del older.__dict__["eval_windows"]
+    older.__dict__["eval_iters"] = 20
+    save_checkpoint(tmp_path / "a.pt", new_checkpoint(training_config=older))
+    assert load_checkpoint(tmp_path / "a.pt")["training_config"].eval_windows == 320
+
+
 def test_every_flipped_byte_is_found_or_harmless(tmp_path):
     expected = new_checkpoint()["model_state_dict"]
     save_checkpoint(tmp_path / "a.pt", new_checkpoint())

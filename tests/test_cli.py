@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import ROOT, TINY, metrics_of, wait_for_step
 
+from storygpt.checkpoint import load_checkpoint
+
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_path):
@@ -51,15 +53,17 @@ def test_closed_output_ends_no_run(flags, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 20
 
 
-def test_printed_commands_work_when_pasted(script, data_dir, tmp_path):
+def test_printed_commands_work_when_pasted_anywhere(script, data_dir, tmp_path):
     folder = tmp_path / "new" / "a run; with 'quotes'"
-    flags = [*TINY, "--max_steps", "60", "--data_dir", data_dir, "--checkpoint_dir", folder]
-    process = script.start("train.py", *flags)
+    folder.mkdir(parents=True)
+    flags = [*TINY, "--max_steps", "60", "--checkpoint_dir", ".", "--data_dir"]
+    process = script.start("train.py", *flags, os.path.relpath(data_dir, folder), cwd=folder)
     wait_for_step(process, folder, 1)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     command = re.search(r"continue with: python (.*)", process.output.read_text())[1]
-    done = subprocess.run(f"{sys.executable} {command}", shell=True, cwd=ROOT, capture_output=True)
+    elsewhere = {"shell": True, "cwd": tmp_path, "capture_output": True}
+    done = subprocess.run(f"{sys.executable} {command}", **elsewhere)
     assert done.returncode == 0, done.stderr
     assert metrics_of(folder)[-1]["step"] == 60
 
@@ -90,6 +94,31 @@ def test_ctrl_c_while_libraries_load_is_quiet(name, library, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in output, output
+
+
+def test_a_run_that_a_shell_has_ignore_ctrl_c_goes_on_after_one(flags, tmp_path):
+    """As `&` does in a script: the Ctrl-C is meant for another program."""
+    command = ["bash", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, "train.py"]
+    flags = [*map(str, flags), "--max_steps", "400"]
+    process = subprocess.Popen([*command, *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert len(metrics_of(tmp_path / "run")) == 400
+
+
+def test_sigusr1_saves_and_goes_on(script, flags, tmp_path):
+    process = script.start("train.py", *flags, "--save_minutes", 60, "--max_steps", 400)
+    wait_for_step(process, tmp_path / "run", 5)
+    os.kill(process.pid, signal.SIGUSR1)
+    path = tmp_path / "run" / "StoryGPT_latest.pt"
+    while load_checkpoint(path)["step"] == 0:
+        assert process.is_alive(), process.output.read_text()
+    process.join(60)
+    assert process.exitcode == 0, process.output.read_text()
+    assert len(metrics_of(tmp_path / "run")) == 400
 
 
 def test_an_ignored_ctrl_c_stays_ignored():

@@ -16,8 +16,8 @@ REFERENCE = {
     "batch_size": 64, "gradient_accumulation_steps": 4, "max_steps": 50_000, "warmup_steps": 1_000,
     "learning_rate": 3e-4, "min_lr": 3e-5, "optimizer": "adamw", "weight_decay": 0.1,
     "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "story_windows": 0.0, "eval_interval": 500,
-    "eval_iters": 100, "save_minutes": 10.0, "keep_interval": 0, "dtype": "auto", "device": "auto",
-    "compile": None, "seed": 1337,
+    "eval_windows": 6_400, "save_minutes": 10.0, "keep_interval": 0, "dtype": "auto",
+    "device": "auto", "compile": None, "seed": 1337,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_an_optimizer_of_another_name_gets_no_learning_rate():
         (GPTConfig, {"bias": "no"}, "bias must be True or False"),
         (TrainingConfig, {"max_steps": 300, "warmup_steps": 300}, "pass --warmup_steps 30"),
         (TrainingConfig, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
-        (TrainingConfig, {"eval_iters": 0}, "eval_iters must be a whole number of at least 1"),
+        (TrainingConfig, {"eval_windows": 0}, "eval_windows must be a whole number of at least 1"),
         (
             TrainingConfig,
             {"learning_rate": 3e-4, "min_lr": 1.0},

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,13 +37,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ranks(script, *flags) -> list:
-    """Two processes of train.py as torchrun starts them, without the seconds of their imports."""
+def ranks(script, *flags, second=()) -> list:
+    """Two processes of train.py as torchrun starts them, without the seconds of their imports.
+
+    The `second`, as if on another node, has some flags of its own.
+    """
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["TORCHELASTIC_RESTART_COUNT"] = "0"
     return [
-        script.start("train.py", *flags, RANK=rank, LOCAL_RANK=rank, **environment)
-        for rank in ("0", "1")
+        script.start("train.py", *flags, *own, RANK=rank, LOCAL_RANK=local, **environment)
+        for rank, local, own in (("0", "0", ()), ("1", "0" if second else "1", second))
     ]
 
 
@@ -107,7 +113,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_stopped(
     assert " parameters on 2 × cpu" in first and "done: " in first and not second.strip()
     assert_close(tmp_path / "two", single)
     codes, (first, _) = ended(ranks(script, *flags, tmp_path / "two"))
-    assert codes == [1, 1] and "already holds a run" in first
+    assert codes == [1, 1] and "already holds a finished run" in first
     codes, (first, _) = ended(ranks(script, *flags, tmp_path / "late", "--max_hours", 1e-9))
     assert codes == [0, 0] and "continue with: " in first  # to torchrun 75 would be a death
 
@@ -130,9 +136,9 @@ def test_a_second_ctrl_c_kills_no_process_of_torchrun():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for launched in (True, False):
-            received = cli.listen_for_signals(launched)
+            signals = cli.listen_for_signals(launched)
             os.kill(os.getpid(), signal.SIGINT)
-            assert received == [signal.SIGINT]
+            assert signals.stop == [signal.SIGINT]
             assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) != launched
     finally:
         for number, handler in handlers.items():
@@ -177,13 +183,83 @@ def test_two_launchers_meet_as_two_nodes_and_meet_again_after_a_death(data_dir, 
     assert_close(tmp_path, single)
 
 
-def test_micro_batches_that_do_not_divide_are_named(script, data_dir, tmp_path):
-    flags = [*TINY, "--gradient_accumulation_steps", "3"]
+def test_windows_that_do_not_divide_among_processes_are_named(script, data_dir, tmp_path):
+    flags = [*TINY, "--batch_size", "3", "--gradient_accumulation_steps", "3"]
     flags += ["--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
     codes, (first, second) = ended(ranks(script, *flags))
     assert codes == [1, 1] and not second  # one speaks for both
-    assert "error: gradient_accumulation_steps 3 does not divide among 2" in first
+    assert "error: the 9 windows of a step" in first and "among 2 processes" in first
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_share_the_windows_of_a_step_however_they_are_cut(script, data_dir, tmp_path):
+    """A process has 6 windows of 12, in micro-batches of 4 and 2, where one has three of 4."""
+    flags = [*TINY, "--dropout", 0, "--max_steps", 5, "--batch_size", 4, "--data_dir", data_dir]
+    flags += ["--gradient_accumulation_steps", 3, "--checkpoint_dir"]
+    result = script("train.py", *flags, tmp_path / "one")
+    assert result.code == 0, result.output
+    codes, outputs = ended(ranks(script, *flags, tmp_path / "two"))
+    assert codes == [0, 0], outputs
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--learning_rate", "1e-3"], "rank 1 has learning_rate 0.001 where rank 0 has 0.003: "),
+        (["--data_dir", "other"], "rank 1 has data "),
+        (["--data_dir", "nowhere"], "on rank 1: no prepared data in nowhere"),
+    ],
+)
+def test_processes_that_differ_do_not_begin(changes, says, script, flags, data_dir, tmp_path):
+    if "other" in changes:  # one token is another
+        other = Path(shutil.copytree(data_dir, tmp_path / "other"))
+        tokens = (other / "train.bin").read_bytes()
+        changed = bytes([tokens[0] ^ 1]) + tokens[1:]
+        (other / "train.bin").write_bytes(changed)
+        meta = (other / "meta.json").read_text()
+        sums = [sha256(held).hexdigest() for held in (tokens, changed)]
+        (other / "meta.json").write_text(meta.replace(*sums))
+        changes = ["--data_dir", other]
+    codes, outputs = ended(ranks(script, *flags, second=changes))
+    assert codes == [1, 1], outputs
+    assert all(f"error: {says}" in output for output in outputs), outputs
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_need_not_be_shared(script, data_dir, single, tmp_path):
+    """The second node sees nothing of the first one's: it would have begun at step 0."""
+    flags = [*FLAGS, "--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run"]
+    second = ["--checkpoint_dir", tmp_path / "nothing"]
+    for more in (["--max_hours", 1e-9], ["--resume"]):
+        codes, outputs = ended(ranks(script, *flags, *more, second=second))
+        assert codes == [0, 0], outputs
+    assert_close(tmp_path / "run", single)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_the_launcher_of_several_machines_is_named(monkeypatch):
+    names = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    names |= {"MASTER_ADDR": "gpu1", "TORCHELASTIC_RUN_ID": "a tale"}
+    names |= {"TORCHELASTIC_MAX_RESTARTS": 3, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    assert Processes().launcher == (
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=2 "
+        "--max-restarts=3 --rdzv_backend=c10d --rdzv_id='a tale' --rdzv_endpoint=gpu1:29500"
+    )
+
+
+def test_another_torch_is_a_warning(monkeypatch, capsys):
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    processes = Processes()
+    processes.store = torch.distributed.HashStore()
+    processes.store.set("exchange 1 of 1", '"2.9.0"')
+    processes.compare_torch()
+    assert "rank 1 has torch 2.9.0 where rank 0 has" in capsys.readouterr().err
 
 
 def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
@@ -193,17 +269,18 @@ def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"process 1 .* no GPU of its own: .*nproc_per_node=1"):
-        Processes().meet(torch.device("cuda"))
+        Processes().own_device(torch.device("cuda"))
     if torch.distributed.is_nccl_available():
         pytest.skip("this torch has NCCL, which is to be missing")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(InputError, match=r"NCCL could not start on cuda:0: .*NCCL_DEBUG=INFO"):
-            Processes().meet(torch.device("cuda"))
+            Processes().meet(torch.device("cuda", 0))
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_leftover_world_size_changes_nothing(script, flags, run_dir, tmp_path):
@@ -235,9 +312,8 @@ def test_the_second_node_tells_its_mistake_too(script, flags):
 def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["train.py", *map(str, flags), "--max_steps", "5000"]
-    launcher = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **output)
     path = tmp_path / "run" / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert launcher.poll() is None, launcher.stderr.read()
@@ -245,7 +321,11 @@ def test_a_scheduler_that_signals_all_processes_gets_its_checkpoint(flags, tmp_p
     workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
     for pid in [launcher.pid, *map(int, workers.stdout.split())]:
         os.kill(pid, signal.SIGTERM)
-    launcher.communicate(timeout=60)
+    said, _ = launcher.communicate(timeout=60)
+    assert (
+        "continue with: torchrun --standalone --nproc_per_node=2 --max-restarts=0 "
+        f"{ROOT}/train.py --resume "
+    ) in said
     last = metrics_of(tmp_path / "run")[-1]["step"]
     assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == last < 5000
 

@@ -133,7 +133,8 @@ TOO_LONG = {"experiments/benchmark.py", "experiments/baselines.py", "space/app.p
 SMALL = {
     "prepare_data.py": "--max_stories 80 --validation_fraction 0.2 --num_proc 1",
     "train.py": "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 8 --gradient_accumulation_steps 1 "
-    "--max_steps 2 --warmup_steps 1 --eval_interval 2 --eval_iters 1 --device cpu --dtype float32",
+    "--max_steps 2 --warmup_steps 1 --eval_interval 2 --eval_windows 8 --device cpu "
+    "--dtype float32",
     "evaluate.py": "--num_stories 2",
     "generate.py": "--max_new_tokens 4",
 }
@@ -325,13 +326,22 @@ def start_job(folder, srun: str, *flags) -> subprocess.Popen:
     ("srun", "status", "requeued"),
     [
         ("exit 0", 0, True),  # --max_hours were over
-        ("mkdir -p checkpoints; touch checkpoints/StoryGPT_final.pt", 0, False),
-        ("exit 1", 1, False),
+        ("touch checkpoints/StoryGPT_final.pt", 0, False),
+        ("exit 1", 1, False),  # a mistake
+        ("echo >> checkpoints/metrics.jsonl; exit 1", 0, True),  # a process was lost
     ],
 )
-def test_a_job_is_queued_again_only_where_there_is_more_to_do(tmp_path, srun, status, requeued):
-    assert start_job(tmp_path, srun).wait(timeout=60) == status
+@pytest.mark.parametrize("flags", ["", "--checkpoint_dir runs/a", "--checkpoint-dir=runs/a"])
+def test_a_job_is_queued_again_only_where_there_is_more_to_do(
+    tmp_path, flags, srun, status, requeued
+):
+    folder = "runs/a" if flags else "checkpoints"
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "metrics.jsonl").write_text("1\n2\n")
+    job = start_job(tmp_path, srun.replace("checkpoints", folder), *flags.split())
+    assert job.wait(timeout=60) == status
     assert (tmp_path / "requeued").exists() == requeued
+    assert "node1:20007" in (tmp_path / "started").read_text()
 
 
 def test_a_job_that_is_signalled_lets_the_training_save_and_is_queued_again(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_one_step_of_the_57m_model_on_real_stories(tinystories, tmp_path):
     folder = ("--data_dir", data)
     assert python("prepare_data.py", "--dataset", tinystories, *folder).returncode == 0
     # The reference's shape and recipe; only the batch and the evaluation are small.
-    flags = "--max_steps 1 --warmup_steps 0 --batch_size 2 --eval_iters 1 --device cpu"
+    flags = "--max_steps 1 --warmup_steps 0 --batch_size 2 --eval_windows 2 --device cpu"
     result = python("train.py", *flags.split(), *folder, "--checkpoint_dir", run)
     assert result.returncode == 0, result.stderr
     assert "57,387,520 parameters" in result.stdout

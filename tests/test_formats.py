@@ -306,7 +306,7 @@ def test_a_gpt2_of_the_hub_is_a_checkpoint_everywhere(script, fails, tmp_path, d
             assert not any(unread in request for request in hub.requests), unread
 
         flags = "--max_steps 2 --warmup_steps 0 --batch_size 2 --gradient_accumulation_steps 1 "
-        flags = (flags + "--learning_rate 0.01 --min_lr 0.01 --eval_iters 1 --device cpu").split()
+        flags = (flags + "--learning_rate 0.01 --min_lr 0.01 --eval_windows 2 --device cpu").split()
         flags += ["--data_dir", data_dir, "--checkpoint_dir", run]
         result = script("train.py", "--init_from", "them/gpt2-like", *flags, **environment)
         assert result.code == 0, result.output

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL, TINY, losses_of, metrics_of, new_checkpoint
+from conftest import SMALL, TINY, losses_of, metrics_of, new_checkpoint, wait_for_step
 
 from model import GPT
 from storygpt.checkpoint import fit_start, load_checkpoint, load_model, load_start, save_checkpoint
@@ -44,9 +44,27 @@ def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, 
         assert torch.equal(ours["model_state_dict"][name], weight), name
 
 
+def test_a_run_from_other_weights_killed_before_its_first_save_keeps_them(
+    script, fails, data_dir, run_dir, tmp_path
+):
+    flags = [*TINY, "--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt"]
+    run = ["--checkpoint_dir", tmp_path / "run"]
+    process = script.start("train.py", *flags, *run, "--save_minutes", 10)
+    wait_for_step(process, tmp_path / "run", 4)
+    process.kill()
+    process.join()
+    bare = ["--resume", "--data_dir", data_dir, *run]
+    fails("train.py", *bare, "--seed", 1, says="seed was 1337 and is now 1")  # from what weights?
+    result = script("train.py", *bare)
+    assert result.code == 0, result.output
+    result = script("train.py", *flags, "--checkpoint_dir", tmp_path / "whole")
+    assert result.code == 0, result.output
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+
+
 def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, run_dir, tmp_path):
     flags = ["--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt", "--device", "cpu"]
-    flags += ["--checkpoint_dir", tmp_path / "run", "--batch_size", "2", "--eval_iters", "2"]
+    flags += ["--checkpoint_dir", tmp_path / "run", "--batch_size", "2", "--eval_windows", "4"]
     for changes, says in (
         (["--n_layer", "3"], "has n_layer 2, not 3"),
         (["--context_length", "65"], "has context_length 64, not 65"),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import entries, metrics_of, python
+from conftest import ROOT, entries, metrics_of, python
 
 import train
 from config import InputError
@@ -63,24 +63,52 @@ def test_a_tracker_gets_every_step_and_goes_on_when_resumed(script, flags, tmp_p
     assert list((tmp_path / "trackio").rglob("*.db"))
 
 
-def test_a_tracker_that_is_not_there_or_fails(fails, flags, tmp_path, monkeypatch, capsys):
-    if find_spec("wandb") is None:
-        fails("train.py", *flags, "--tracker", "wandb", says="pip install wandb")
+@pytest.fixture
+def without_wandb():
+    """A test that brings its own, which no other test is to find."""
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed, which is to be missing")
+    yield
+    sys.modules.pop("wandb", None)
+
+
+def test_a_tracker_that_is_not_there_or_fails(
+    without_wandb, fails, flags, tmp_path, monkeypatch, capsys
+):
+    fails("train.py", *flags, "--tracker", "wandb", says="pip install wandb")
     (tmp_path / "wandb.py").write_text(  # one that breaks in mid-run
         "class Run:\n"
-        "    def log(self, entry, step): raise ConnectionError('gone')\n"
+        "    def define_metric(self, name, step_metric): pass\n"
+        "    def log(self, entry): raise ConnectionError('gone')\n"
         "def init(name, **settings):\n"
         "    if 'offline' in name: raise ConnectionError('no network')\n"
         "    return Run()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(InputError, match="--tracker wandb cannot start: no network"):
         start_tracker("wandb", {}, "id", tmp_path / "offline")
     track = start_tracker("wandb", {}, "id", tmp_path)
     track({"step": 1})
     track({"step": 2})
     assert capsys.readouterr().err.count("wandb has failed and is off: gone") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"wandb/run-1/files": ""}, "needs the package wandb: pip install wandb"),
+        ({"wandb/__init__.py": "import a_part_of_it"}, "No module named 'a_part_of_it'"),
+        ({"wandb/__init__.py": "import sys; sys.nothing"}, "has no attribute 'nothing'"),
+    ],
+)
+def test_a_tracker_that_is_not_whole_is_named(files, says, without_wandb, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=says) as raised:
+        start_tracker("wandb", {}, "id", tmp_path)
+    assert ("--force-reinstall" in str(raised.value)) == ("__init__" in next(iter(files)))
 
 
 @pytest.mark.parametrize("status", [0, 130])
@@ -92,9 +120,10 @@ def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys)
         for entry in entries(20, first=11):
             log.add(entry)
         log.start = time.monotonic() - 10
-        said = log.stopped(tmp_path / "data", "none") if status else log.finished(2.0)
+        how = {"script": Path("train.py"), "launcher": "python", "tracker": "none"}
+        said = log.stopped(data_dir=tmp_path / "data", **how) if status else log.finished(2.0)
     assert "2,000 tokens/s with saves and evaluations" in said
-    assert (f"python train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
+    assert (f"python {ROOT}/train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
     assert ("best val_loss 2.0000" in said) == (status == 0)
     assert (tmp_path / "loss_plot.png").exists()
     # 60 steps are left, of 1,000 tokens at 500 a second
@@ -125,20 +154,23 @@ def test_a_log_file_is_not_filled_with_progress(capsys):
 
 def test_a_resumed_run_goes_on_in_its_tracker(set_up, monkeypatch, capsys):
     """A stand-in for wandb, which is not installed here; the second of four sittings has none."""
-    begun, steps = [], []
+    begun, steps, axes = [], [], []
 
     def init(**settings):
         assert (Path(settings["dir"]) / ".lock").exists()  # nothing is sent of a run in use
         begun.append((settings["id"], settings["name"], settings["config"]["n_embd"]))
-        return SimpleNamespace(log=lambda entry, step: steps.append(step))
+        return SimpleNamespace(
+            define_metric=lambda name, step_metric: axes.append(step_metric),
+            log=lambda e: steps.append(e["step"]),
+        )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __file__="wandb.py"))
     for tracker, status in (("wandb", 75), ("none", 75), ("wandb", 75), ("wandb", 0)):
         flags = ["--resume", "--max_steps", "4", "--warmup_steps", "0", "--tracker", tracker]
         assert train.train(*set_up(*flags, "--max_hours", "1e-9")) == status
         command = re.search("continue with: (.*)", capsys.readouterr().out)
         assert ("--tracker wandb" in command[1]) == (tracker == "wandb") if status else not command
-    assert steps == [1, 3, 4] and len(begun) == 3
+    assert steps == [1, 3, 4] and len(begun) == 3 and axes == ["step"] * 3
     assert len(set(begun)) == 1 and all(begun[0])
 
 
@@ -155,7 +187,7 @@ def test_each_of_several_gpus_has_its_share_of_the_work(set_up, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     setting, state = set_up()
     gpus = {"processes": SimpleNamespace(world_size=2), "device": torch.device("cuda")}
-    _, log = train.begin(replace(setting, **gpus, dtype=torch.float16), state)
+    log = train.begin(replace(setting, **gpus, dtype=torch.float16), state)
     with log:
         entry = {"step": 1, "tokens": 512, "train_loss": 6.0, "epoch": 0.0}
         log.add(entry | {"tokens_per_second": 1e8})

@@ -13,10 +13,23 @@ def test_a_ragged_last_batch_counts_by_its_windows():
     shape = {"vocab_size": 300, "context_length": 16, "n_layer": 1, "n_head": 1, "n_embd": 16}
     model = GPT(GPTConfig(**shape, init_std=0.5)).eval()  # windows of very different losses
     tokens = np.random.default_rng(0).integers(0, 300, 7 * 16 + 1).astype("<u2")
-    loss = estimate_loss(model, tokens, 16, 4, 2, torch.device("cpu"), torch.float32)
+    loss = estimate_loss(model, tokens, 16, 4, 8, torch.device("cpu"), torch.float32)
     x, y = (torch.from_numpy(tokens[i:][: 7 * 16].astype(np.int64)).view(7, 16) for i in (0, 1))
     expected = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_does_not_depend_on_the_micro_batch():
+    """As many windows whatever the batch_size: they were eval_iters batches of it."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "context_length": 16, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    model = GPT(GPTConfig(**shape, init_std=0.5)).eval()
+    tokens = np.random.default_rng(0).integers(0, 300, 40 * 16 + 1).astype("<u2")
+    losses = [
+        estimate_loss(model, tokens, 16, size, 10, torch.device("cpu"), torch.float32)
+        for size in (1, 4, 10, 64)
+    ]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
 def test_every_token_is_a_target_once():

@@ -1,8 +1,11 @@
 """What a run shows of itself: the plot, and its last words."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
-from conftest import entries
+from conftest import entries, metrics_of, wait_for_step
 from matplotlib.figure import Figure
 
 from storygpt.metrics import draw_loss_plot, read_metrics, smoothed
@@ -33,10 +36,31 @@ def test_smoothing_neither_lags_nor_changes_a_line():
 def test_metrics_are_cut_to_the_step_that_goes_on(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path, 0) == [] and not capsys.readouterr().err
-    assert read_metrics(path, 7) == [] and "begin at step 7" in capsys.readouterr().err
+    assert read_metrics(path, 7) == [] and "has no steps 1 to 7" in capsys.readouterr().err
     path.write_text("".join(f"{line}\n".replace("'", '"') for line in entries(9)) + '{"step": 10')
     assert read_metrics(path, 7) == entries(7)
     assert [line["step"] for line in read_metrics(path, 100)] == [*range(1, 8)]
+
+
+def test_metrics_with_a_gap_are_kept_and_no_reason_to_refuse_the_run(
+    script, flags, data_dir, tmp_path
+):
+    """A backup of the metrics, restored beside a later checkpoint, and then a second stop."""
+    run = tmp_path / "run"
+    assert script("train.py", *flags, "--max_steps", 200, "--max_hours", 1e-9).code == 75
+    resume = ["train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", run]
+    process = script.start(*resume)
+    wait_for_step(process, run, 9)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    whole = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(whole[:4]))
+    for _ in range(2):
+        result = script(*resume, "--max_hours", 1e-9)
+        assert result.code == 75, result.output
+        assert f"metrics.jsonl has no steps 5 to {len(whole)}: the curves" in result.output
+    steps = [line["step"] for line in metrics_of(run)]
+    assert steps == [1, 2, 3, 4, len(whole) + 1, len(whole) + 2]
 
 
 def test_a_byte_order_mark_loses_no_metrics(script, copy_of_run, data_dir):
@@ -48,8 +72,8 @@ def test_a_byte_order_mark_loses_no_metrics(script, copy_of_run, data_dir):
     assert path.read_bytes() == before
 
 
-# The last is of a step that may come, but not here.
-LINES = ["", "{}", "3", "[1]", "not JSON", '{"step": 9, "tokens": 1, "train_loss": 3.0}']
+# The last is of a step that has been.
+LINES = ["", "{}", "3", "[1]", "not JSON", '{"step": 5, "tokens": 1, "train_loss": 3.0}']
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -59,11 +83,13 @@ def test_a_spoiled_line_is_named_and_the_file_untouched(line, fails, copy_of_run
     path.write_text("\n".join([*lines[:6], line, *lines[6:]]) + "\n")
     before = path.read_bytes()
     flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run]
-    fails("train.py", *flags, says="line 7 of ")
+    said = fails("train.py", *flags, says="line 7 of ")
+    assert ("has step 5 after step 6" in said) == ("step" in line)
+    assert ("not one that training wrote" in said) == ("step" not in line)
     assert path.read_bytes() == before
 
 
 def test_missing_metrics_are_said(script, copy_of_run, data_dir):
     (copy_of_run / "metrics.jsonl").unlink()
     result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", copy_of_run)
-    assert result.code == 0 and "metrics.jsonl is missing" in result.output
+    assert result.code == 0 and "metrics.jsonl has no steps 1 to 20" in result.output

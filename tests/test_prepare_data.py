@@ -1,9 +1,9 @@
-import io
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -18,24 +19,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
-from hub_server import Fault, Hub, Repo
+from conftest import ROOT, python
+from hub_server import Fault, Hub
+from story_files import jsonl, parquet, put
 
 import prepare_data
 from config import InputError
 from prepare_data import (
-    LONG_WHITE_SPACE,
-    Encoded,
     batched,
     copy_stories,
     encode_in_parallel,
-    encode_stories,
-    encode_text,
     find_duplicates,
     hold_out,
     kept_stories,
     start_workers,
 )
+from storygpt.encoding import Encoded, encode_stories
 from storygpt.token_files import SplitWriter
 from storygpt.tokenizer import load_tokenizer
 
@@ -81,7 +80,7 @@ def prepared(monkeypatch, capsys):
         flags = {"dataset": str(dataset), "data_dir": folder, "num_proc": 2} | flags
 
         @contextmanager
-        def threads(num_proc: int, vocab_size: int):
+        def threads(num_proc: int):
             assert num_proc == flags["num_proc"]
             with ThreadPoolExecutor(num_proc) as pool:
                 yield pool
@@ -128,7 +127,7 @@ def test_empty_stories_are_never_the_ones_held_out(stories, seed, prepared, tmp_
 
 def test_no_more_stories_are_read_than_are_taken_and_empty_ones_do_not_count():
     stories, skipped = iter(["", "A.", None, "\ufeffB.", "C.", " "]), Counter()
-    assert [*kept_stories(stories, 2, skipped)] == ["A.", "B."] and skipped["empty"] == 2
+    assert [*islice(kept_stories(stories, skipped), 2)] == ["A.", "B."] and skipped["empty"] == 2
     assert [*stories] == ["C.", " "]
 
 
@@ -152,7 +151,8 @@ def test_long_runs_of_stories_are_copied_whole(tmp_path):
     keep = np.ones(3_500, bool)
     keep[[0, 2_500, 2_501, 3_499]] = False  # runs of 2,499 and 997 stories
     sizes = rng.integers(1, 5_000, 3_500).astype(np.uint32)
-    encoded = Encoded(ids[:0].ravel(), lengths, sizes, np.empty((3_500, 2), np.uint64))
+    none = np.empty((3_500, 2), np.uint64)
+    encoded = Encoded(ids[:0].ravel(), lengths, sizes, hashes=none, openings=none[:, 0])
     writer = SplitWriter(tmp_path / "train.bin")
     with open(tmp_path / "all.ids", "rb") as file:
         copy_stories(file, encoded, keep, writer)
@@ -178,12 +178,8 @@ def test_splits_are_taken_as_found_and_empty_stories_counted(script, tmp_path):
 
 
 def test_the_default_data_set_comes_from_the_hub(script, fails, tmp_path):
-    def parquet(stories: list[str]) -> bytes:
-        pq.write_table(pa.table({"text": stories}), file := io.BytesIO())
-        return file.getvalue()
-
     with Hub() as hub:
-        hub.add(
+        repo = hub.add(
             "datasets/roneneldan/TinyStories",
             {
                 "README.md": b"---\nlicense: cdla-sharing-1.0\n---\n",
@@ -198,108 +194,66 @@ def test_the_default_data_set_comes_from_the_hub(script, fails, tmp_path):
         result = script("prepare_data.py", "--data_dir", tmp_path / "out", **environment)
         assert result.code == 0, result.output
         assert hub.faults[0].times == 0  # cut in the middle, and downloaded to its end
-        assert "not read: test, as there is validation: test" in result.output
+        assert f"roneneldan/TinyStories at commit {repo.sha()}" in result.output
+        assert "test, as there is validation: data/test-00000-of-00001.parquet" in result.output
         assert read(tmp_path / "out", "train") == naive(STORIES[:200])
         assert read(tmp_path / "out", "validation") == naive(STORIES[200:])
         meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-        assert meta["dataset"] == "roneneldan/TinyStories"
-        hub.repos["datasets/you/private"] = Repo(private=True)
-        nobody = environment | {"HF_TOKEN": ""}
-        flags = ("--dataset", "you/private", "--data_dir", tmp_path / "other")
-        fails("prepare_data.py", *flags, says="does not give out you/private (HTTP 401)", **nobody)
+        assert (meta["dataset"], meta["subset"]) == ("roneneldan/TinyStories", None)
+        assert meta["revision"] == repo.sha()
+        before = files_in(tmp_path / "out")
+        hub.faults = [Fault("HEAD .*train-00001", 404, times=99)]  # one of its shards is gone
+        flags = ("--data_dir", tmp_path / "out")
+        environment["HF_HOME"] = str(tmp_path / "another")
+        fails("prepare_data.py", *flags, says="train-00001-of-00002.parquet of", **environment)
+        assert files_in(tmp_path / "out") == before
 
     # From here on without a network: what was downloaded is enough.
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     result = script("prepare_data.py", "--data_dir", tmp_path / "again", **environment)
     assert result.code == 0, result.output
-    assert read(tmp_path / "again", "train") == naive(STORIES[:200])
+    assert files_in(tmp_path / "again") == before
+    closed = environment | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "new")}
+    fails("prepare_data.py", *flags, says="the cache does not have it whole", **closed)
 
 
-def shard(tag: str, number: int = 500) -> bytes:
-    rng = random.Random(tag)  # that packs badly, so that a shard is longer than one request
-    table = pa.table({"text": [f"{tag} {i}: {rng.randbytes(60).hex()}" for i in range(number)]})
-    pq.write_table(table, file := io.BytesIO())
-    return file.getvalue()
+def files_in(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_subsets_revisions_and_parts_of_a_data_set_on_the_hub(script, fails, tmp_path):
-    head = """configs:
-- config_name: en
-  default: true
-  data_files: en/train-*
-- config_name: fr
-  data_files:
-  - split: train
-    path: fr/train-*
-  - split: test
-    path: fr/test-*
-"""
-    files = {f"en/train-{i:05}-of-00008.parquet": shard(f"en{i}") for i in range(8)}
-    files |= {
-        "fr/train-00000-of-00001.parquet": shard("fr", 20),
-        "README.md": f"---\n{head}---\n".encode(),
-    }
-    files |= {"fr/test-00000-of-00001.parquet": shard("test", 10)}
-    with Hub() as hub:
-        repo = hub.add("datasets/you/stories", files)
-        first = repo.sha()
-        repo.commits.append(files | {"en/train-00000-of-00008.parquet": shard("new")})
-        hub.add("datasets/you/text", {"train.txt": b"One.\n\nEnd.\n<|endoftext|>\nTwo.\n"})
+def test_openings_are_those_of_the_train_stories(prepared, tmp_path):
+    begin = ["Once upon a time, there was", "One day, a  little\ngirl went", "It was a “cold” day"]
+    train = [f"{begin[0]} {i}." for i in range(50)] + [f"{begin[1]} {i}." for i in range(30)]
+    train += [f"Once upon a time {i}." for i in range(11)] + [begin[2]] * 3
+    train += ["This one alone is so."] + ["Too short."] * 100
+    train += ["Incomprehensibilities notwithstanding, everybody went."] * 5
+    for split, stories in (("train", train), ("val", ["Never seen in train."] * 900)):
+        put(tmp_path / "in", {f"{split}.jsonl": jsonl(stories)})
+    for vocab_size in (300, 50257):
+        prepared(tmp_path / "in", tmp_path / "out", vocab_size=vocab_size)
+        meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+        assert meta["openings"] == [
+            ["Once upon a time", 0.305],
+            ["One day, a little", 0.15],
+            ["It was a “cold", 0.015],
+        ]
 
-        def prepared(out: str, *flags, **environment) -> tuple[dict, list[str], set[str]]:
-            """meta.json, the train stories, and the files that were fetched in part or whole."""
-            hub.requests.clear()
-            flags = ("--dataset", "you/stories", "--data_dir", tmp_path / out, *flags)
-            environment = hub.environment(tmp_path / out) | environment
-            result = script("prepare_data.py", *flags, "--num_proc", 1, **environment)
-            assert result.code == 0, result.output
-            meta = json.loads((tmp_path / out / "meta.json").read_text())
-            got = {r.rpartition("/")[2] for r in hub.requests if "GET" in r and ".parquet" in r}
-            return meta, stories_of(read(tmp_path / out, "train")), got
 
-        meta, train, fetched = prepared("part", "--max_stories", 100)
-        assert fetched == {"train-00000-of-00008.parquet"}
-        assert len(train) == 99 and train[0].startswith("new")
-        assert (meta["revision"], meta["subset"]) == (repo.sha(), None)
+def test_openings_are_at_most_five_and_count_what_is_left_of_train(prepared, tmp_path):
+    stories = [f"{'abcdefgh'[i % 8]} b c d {i}" for i in range(800)] + ["z b c d 1"] * 200
+    put(tmp_path, {"a.jsonl": jsonl(stories)})
+    prepared(tmp_path / "a.jsonl", tmp_path / "out", deduplicate=True, seed=3)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    left = stories_of(read(tmp_path / "out", "train"))
+    shares = Counter(" ".join(story.split()[:4]) for story in left)
+    assert meta["openings"] == [[o, round(n / len(left), 4)] for o, n in shares.most_common(5)]
+    assert len({share for _, share in meta["openings"]}) > 1
 
-        meta, train, fetched = prepared("old", "--max_stories", 300, "--revision", first)
-        assert fetched == {"train-00000-of-00008.parquet"}
-        assert len(train) == 297 and train[0].startswith("en0") and meta["revision"] == first
 
-        meta, train, fetched = prepared("fr", "--subset", "fr")
-        assert fetched == {"train-00000-of-00001.parquet", "test-00000-of-00001.parquet"}
-        assert len(train) == 20 and meta["splits"]["validation"]["stories"] == 10
-        assert (meta["revision"], meta["subset"]) == (repo.sha(), "fr")
-
-        flags = ("--dataset", "you/stories", "--data_dir", tmp_path / "fr")
-        before = {p.name: p.read_bytes() for p in (tmp_path / "fr").glob("*.*")}
-        environment = hub.environment(tmp_path / "fr")
-        fails(
-            "prepare_data.py",
-            *flags,
-            "--subset",
-            "it",
-            says="Available: ['en', 'fr']",
-            **environment,
-        )
-        fails(
-            "prepare_data.py",
-            *flags,
-            "--revision",
-            "gone",
-            says="no revision 'gone'",
-            **environment,
-        )
-        text = ("--dataset", "you/text", "--data_dir", tmp_path / "fr", "--num_proc", 1)
-        fails("prepare_data.py", *text, says="run `hf download you/text --repo-type", **environment)
-        hub.faults = [Fault("GET .*train-00005", 404, times=99)]  # one of its shards is gone
-        fails("prepare_data.py", *flags, says="cannot load you/stories", **environment)
-        assert {p.name: p.read_bytes() for p in (tmp_path / "fr").glob("*.*")} == before
-
-    # Without a network, what was downloaded of that commit, and of no other.
-    flags = ("--dataset", "you/stories", "--subset", "fr", "--data_dir", tmp_path / "again")
-    assert script("prepare_data.py", *flags, **environment).code == 0
-    assert json.loads((tmp_path / "again" / "meta.json").read_text())["revision"] == repo.sha()
-    fails("prepare_data.py", *flags, "--revision", first, says="cannot be reached", **environment)
+def test_the_built_in_stories_have_openings(data_dir):
+    assert json.loads((data_dir / "meta.json").read_text())["openings"] == [
+        ["This is the story", 1]
+    ]
 
 
 def test_duplicates_are_counted_and_dropped_where_asked(prepared, tmp_path):
@@ -340,6 +294,16 @@ def test_duplicates_agree_with_sets_of_the_stories_themselves():
         assert in_train == sum(story in set(train) for story in validation)
 
 
+def test_a_validation_split_of_one_story_is_noted(prepared, tmp_path):
+    put(tmp_path / "in", {"train.jsonl": jsonl(["A.", "B."]), "val.jsonl": jsonl(["C."])})
+    note = "note: validation is a single story"
+    assert note in prepared(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "in", {"val.jsonl": jsonl(["C.", "D."])})
+    assert note not in prepared(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "val.jsonl").unlink()  # one is held out, which nobody meant
+    assert note not in prepared(tmp_path / "in", tmp_path / "out")
+
+
 def test_what_was_not_read_is_said_in_one_line(prepared, tmp_path):
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"text": "A."}\n')
@@ -353,7 +317,7 @@ def test_what_was_not_read_is_said_in_one_line(prepared, tmp_path):
 
 def test_output_does_not_depend_on_the_number_of_processes(monkeypatch):
     monkeypatch.setattr(prepare_data, "BATCH", 10)
-    with start_workers(3, 512) as pool:
+    with start_workers(3) as pool:
         parts = [*encode_in_parallel(batched(STORIES), pool, 512, num_proc=3)]
     assert len(parts) == 30
     assert np.concatenate([part.ids for part in parts]).tolist() == naive(STORIES, 512)
@@ -369,7 +333,7 @@ def test_stories_are_read_only_a_little_ahead_of_those_written():
             read += size
             yield (" responsibility" * size)[:size]  # few tokens for its length
 
-    with start_workers(1, 300) as pool:
+    with start_workers(1) as pool:
         for number, size, most in ((30_000, 2, 10_000), (300, 2**17, 5 * 2**20)):
             read, written, ahead = 0, 0, []
             for part in encode_in_parallel(batched(stories(number, size)), pool, 300, num_proc=1):
@@ -380,85 +344,49 @@ def test_stories_are_read_only_a_little_ahead_of_those_written():
             assert max(ahead) <= most
 
 
-@pytest.mark.parametrize("spelled", ["", "<|endoftext|>", "a <|endoftext|>b", "<|endoftext|"])
-def test_stories_that_spell_end_of_text_are_encoded_as_text(spelled):
-    stories = ["One.", spelled, "|>", "endoftext|> two", None, "three <"]
-    kept = [story for story in stories if story]
-    encoded = encode_stories(kept, 50257)
-    assert encoded.ids.tolist() == naive(kept) and encoded.ids.dtype == "<u2"
-    assert encoded.tokens.tolist() == [len(naive([story])) for story in kept]
-    assert encoded.bytes.tolist() == [len(story.encode()) for story in kept]
-    assert len({tuple(pair) for pair in encoded.hashes.tolist()}) == len(set(kept))
-
-
-def test_half_a_surrogate_pair_becomes_a_replacement_character():
-    encoded = encode_stories(["a \ud800 b", "\ud83d\ude00"], 50257)
-    assert stories_of(encoded.ids.tolist()) == ["a \ufffd b", "😀"]
-    assert encoded.bytes.tolist() == [len("a \ufffd b".encode()), 4]
-
-
-WHITE = " \t\n\v\f\r\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000"
-
-
-@pytest.mark.parametrize("before", ["", "a", "a\x1c", "!"])
-@pytest.mark.parametrize("after", ["", "b", "\x1d", " ", "'s", "\n", "7"])
-def test_white_space_is_cut_where_the_pattern_cuts_it(before, after):
-    tokenizer, rng = load_tokenizer(), random.Random(0)
-    for length in (999, 1000, 1001, 5000):
-        text = before + "".join(rng.choices(WHITE, k=length)) + after + " end. " + " " * length
-        pieces = [text[m.start() : m.end()] for m in LONG_WHITE_SPACE.finditer(text)]
-        # the blanks between, of which the last leads the word behind, and those at the end
-        between = length + (after in ("", " ", "\n")) + (after in (" ", "\n"))
-        assert list(map(len, pieces)) == [between - 1] * (between > 1000) + [length + 1] * (
-            length >= 999
-        )
-        refuses = Refusing(tokenizer, len(text))
-        assert encode_text(text, refuses).tolist() == tokenizer.encode_ordinary(text)
-
-
-class Refusing:
-    """A tokenizer that gives up on text of one length, as tiktoken does at a million spaces."""
-
-    def __init__(self, tokenizer, length: int):
-        self.tokenizer, self.length = tokenizer, length
-
-    def encode_to_numpy(self, text: str, **keywords) -> np.ndarray:
-        if len(text) == self.length:
-            raise ValueError("Max stack size exceeded for backtracking")
-        return self.tokenizer.encode_to_numpy(text, **keywords)
-
-
-def test_a_million_spaces_are_encoded_rightly():
-    space = " " * 10**6
-    stories = ["Tom", f"Once{space}upon\n", "a time", f"{space}x{space}"]
-    encoded = encode_stories(stories, 50257)
-    assert encoded.tokens.sum() == len(encoded.ids) and len(encoded.tokens) == 4
-    assert stories_of(encoded.ids.tolist()) == stories
-    piece = load_tokenizer().encode_ordinary(space[1:])  # all but the space that belongs to "upon"
-    words = [load_tokenizer().encode_ordinary(word) for word in ("Once", " upon\n")]
-    start = len(naive(stories[:1]))
-    assert encoded.ids[start : start + encoded.tokens[1]].tolist() == [
-        *words[0],
-        *piece,
-        *words[1],
-        50256,
-    ]
-
-
-def test_what_cannot_be_encoded_is_one_sentence():
-    with pytest.raises(
-        InputError, match="the story that begins 'Once upon' cannot be encoded: Max"
-    ):
-        encode_text("Once upon", Refusing(load_tokenizer(), len("Once upon")))
-    with (
-        pytest.raises(InputError, match="pass a smaller --num_proc"),
-        start_workers(1, 300) as pool,
-    ):
+def test_a_worker_that_fails_or_dies_is_one_sentence():
+    with pytest.raises(InputError, match="pass a smaller --num_proc"), start_workers(1) as pool:
         with pytest.raises(InputError, match="a worker failed to encode"):
             list(encode_in_parallel([[None]], pool, 300, 1))
         for worker in active_children():
             worker.kill()  # as Linux does where memory runs out
         list(encode_in_parallel([["A."]] * 3, pool, 300, 1))
+
+
+def test_no_more_processes_start_than_there_is_work():
+    with start_workers(8) as pool:
+        (encoded,) = encode_in_parallel([["A."]], pool, 300, 8)
+        assert encoded.tokens.tolist() == [3]
+        assert len(active_children()) == 1
+
+
+def test_where_no_process_can_be_had_this_one_encodes(script, tmp_path):
+    """Without semaphores, as in a container without /dev/shm; without descriptors for a worker."""
+    stories = put(tmp_path, {"a.jsonl": jsonl(STORIES)}) / "a.jsonl"
+    run = (
+        "import os, resource, sys, multiprocessing.context as context, prepare_data\n"
+        "from storygpt import cli\n"
+        "def none(*arguments): raise PermissionError(13, 'Permission denied')\n"
+        "if sys.argv.pop(1) == 'semaphores': context.SpawnContext.Lock = none\n"
+        "else: context.SpawnProcess.start = none\n"
+        "cli.run(prepare_data.main)"
+    )
+    flags = ("--dataset", stories, "--num_proc", "2", "--data_dir")
+    done = python("-c", run, "semaphores", *flags, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "no worker processes can be had (" in done.stderr
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert sum(split["stories"] for split in meta["splits"].values()) == 300
+    done = python("-c", run, "processes", *flags, tmp_path / "none")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no more processes can be started (Permission denied): pass a smaller" in done.stderr
+
+
+def test_num_proc_is_the_cpus_that_may_be_used():
+    run = "import os, prepare_data; print(prepare_data.Arguments().num_proc)"
+    assert int(python("-c", run).stdout) == len(os.sched_getaffinity(0))
+    one = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {run}"
+    assert int(python("-c", one).stdout) == 1
 
 
 def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
@@ -504,34 +432,83 @@ def test_mistakes_are_named_and_leave_the_old_files(prepared, fails, tmp_path):
     with pytest.raises(InputError, match=r"cannot be written .* pass another --data_dir"):
         prepared("builtin", out / "meta.json", max_stories=50)
     for flags, says in (
-        (["--dataset", "~/no/such/folder"], "neither a file, a folder nor"),
+        (["--dataset", "~/no/such/folder"], "neither a file nor a folder here"),
         ([], "--dataset builtin"),
     ):
         fails("prepare_data.py", *flags, "--num_proc", 1, "--data_dir", out, says=says, **closed)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == old, flags
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
+@pytest.mark.parametrize("step", ["a folder", "away", "in"])
+def test_the_old_preparation_survives_what_stops_the_last_move(
+    step, name, prepared, tmp_path, monkeypatch
+):
+    """A folder, or a file that nobody may rename: in use (Windows), another user's (a sticky
+    directory), a mount of its own; and a new file that cannot be put in its place."""
+    put(tmp_path, {"a.jsonl": jsonl(["A.", "B."]), "b.jsonl": jsonl(["C.", "D.", "E."])})
+    out = tmp_path / "out"
+    prepared(tmp_path / "a.jsonl", out)
+    if step == "a folder":
+        (out / name).unlink()
+        put(out, {f"{name}/x": "x"})
+    before = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(source if step == "away" else target) == out / name and (
+            step == "away" or not Path(source).name.startswith("old-")
+        ):
+            raise PermissionError(13, "Permission denied", str(source))
+        return replace(source, target)
+
+    if step != "a folder":
+        monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(InputError, match=r"cannot be replaced .*, and what was there is kept") as e:
+        prepared(tmp_path / "b.jsonl", out)
+    assert str(out / name) in str(e.value)
+    assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    monkeypatch.undo()
+    shutil.rmtree(out / name, ignore_errors=True)
+    if step == "a folder":
+        prepared(tmp_path / "b.jsonl", out)
+        meta = json.loads((out / "meta.json").read_text())
+        assert sum(split["stories"] for split in meta["splits"].values()) == 3
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_interrupted_run_leaves_the_old_files(number, script, fails, tmp_path):
     stories, tmp_path = tmp_path / "stories.txt", tmp_path / "data"
     tmp_path.mkdir()
     (tmp_path / "meta.json").write_text("old")
     stories.write_text(("Tom had a red kite. " * 50 + "\n<|endoftext|>\n") * 40_000)  # for seconds
     process = script.start("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path)
-    while not list(tmp_path.glob(".prepare-*/train.ids")):
+    while not list(tmp_path.glob(".prepare/train.ids")):
         assert process.is_alive()
         time.sleep(0.001)
     if number == signal.SIGKILL:  # until then nobody else writes there
         flags = ["--dataset", "builtin", "--num_proc", 1, "--data_dir", tmp_path]
         fails("prepare_data.py", *flags, says="another process is writing to")
         assert process.is_alive()
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if number == signal.SIGINT and workers.exists():  # a terminal sends it to all of them
-        for worker in map(int, workers.read_text().split()):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    started = [*map(int, children.read_text().split())] if children.exists() else []
+    if number == signal.SIGINT:  # a terminal sends it to all of them
+        for worker in started:
             os.kill(worker, number)
     os.kill(process.pid, number)
     process.join(30)
-    if number == signal.SIGKILL:  # what it left is swept up by the next run
+    until = time.monotonic() + 20
+    while any(map(is_running, started)):  # whatever ended their parent
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    if number in (signal.SIGKILL, signal.SIGHUP):  # what it left is swept up by the next run
         assert (tmp_path / "meta.json").read_text() == "old"
         stories.write_text("A.<|endoftext|>B.")
         assert script("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path).code == 0

@@ -18,7 +18,8 @@ from conftest import TINY, metrics_of, wait_for_step
 
 from config import GPTConfig, InputError, TrainingConfig
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
-from storygpt.run_folder import RunFolder
+from storygpt.files import BEST, FINAL
+from storygpt.run_folder import goes_on
 
 # Long enough to be interrupted anywhere, with evaluations and saves all along.
 LONG = [*TINY, "--max_steps", "120", "--eval_interval", "40", "--save_minutes", "0"]
@@ -86,7 +87,7 @@ def test_interrupted_run_is_bit_identical(changes, stops, script, data_dir, undi
         process.join(60)
         assert process.exitcode == 128 + how
         output = process.output.read_text()
-        command = f"python train.py --resume --data_dir {data_dir} --checkpoint_dir {tmp_path}"
+        command = f"train.py --resume --data_dir {data_dir} --checkpoint_dir {tmp_path}"
         assert command in output and "Traceback" not in output
         last = load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"]
         assert step <= last == without_speed(tmp_path)[-1]["step"] < 120
@@ -177,9 +178,9 @@ def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp
 MAY_CHANGE = {"device": "cuda", "compile": True, "save_minutes": 1.0, "keep_interval": 5}
 
 
-def test_every_setting_that_changes_the_result_is_refused(tmp_path):
+def test_every_setting_that_changes_the_result_is_refused():
     gpt, training = GPTConfig(), TrainingConfig().filled_in(512)
-    folder, resumed = RunFolder(tmp_path), {"gpt_config": gpt, "training_config": training}
+    resumed = {"gpt_config": gpt, "training_config": training, "step": 7}
     changed = {
         "optimizer": "muon",
         "dtype": "float16",
@@ -194,10 +195,14 @@ def test_every_setting_that_changes_the_result_is_refused(tmp_path):
                 other = value / 2 if isinstance(value, float) and value else value * 2 or 1
             both = [replace(c, **{name: other}) if c is config else c for c in (gpt, training)]
             if name in MAY_CHANGE:
-                folder.check_same_run(resumed, *both, None)
+                assert goes_on(resumed, *both, None)
             else:
                 with pytest.raises(InputError, match=f"{name} was {value} and is now {other}"):
-                    folder.check_same_run(resumed, *both, None)
+                    goes_on(resumed, *both, None)
+                begun = resumed | {"step": 0}
+                assert not goes_on(begun, *both, None)  # it has nothing to lose
+                with pytest.raises(InputError, match=name):  # but what it was given
+                    goes_on(begun | {"init_from": {"checkpoint": "a", "sha256": "b"}}, *both, None)
 
 
 def test_foreign_optimizer_state_is_refused(fails, data_dir, run_dir, tmp_path):
@@ -231,6 +236,7 @@ def test_float16_counts_its_skipped_steps_and_the_schedule_waits(script, data_di
         assert line["skipped_steps"] == counted
         assert (after["learning_rate"] == line["learning_rate"]) == (line["grad_norm"] is None)
     assert lines[0]["grad_norm"] is None and 0 < counted < 8
+    counted += lines[-1]["grad_norm"] is None
     assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["skipped_steps"] == counted
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
@@ -260,7 +266,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(fails, script, data_dir, small_
     process.join(60)
     output = process.output.read_text()
     assert process.exitcode == 1 and "Traceback" not in output
-    said = r"^error: .* cannot be written \(.*(and the one before it is kept|go on with --resume)"
+    said = r"^error: .* cannot be written \(No space left on device\).*: free some space"
     assert re.search(said, output, re.M), output
     kept = load_checkpoint(small_disk / "StoryGPT_latest.pt")["step"]
     assert kept >= 15
@@ -269,6 +275,26 @@ def test_a_full_disk_keeps_the_checkpoint_before(fails, script, data_dir, small_
     result = script("train.py", "--resume", "--data_dir", data_dir, "--checkpoint_dir", small_disk)
     assert result.code == 0, result.output
     assert [line["step"] for line in without_speed(small_disk)] == list(range(1, 121))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    script, data_dir, undisturbed, small_disk, tmp_path
+):
+    process = script.start("train.py", *flags_of(data_dir, small_disk), "--save_minutes", 1)
+    wait_for_step(process, small_disk, 20)
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    while "cannot be written (No space left on device)" not in process.output.read_text():
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.01)
+    (small_disk / "filler").unlink()
+    process.join(60)
+    assert process.exitcode == 0, process.output.read_text()
+    assert without_speed(small_disk) == without_speed(undisturbed())
+    for name in (BEST, FINAL):
+        ours, theirs = (load_checkpoint(f / name) for f in (small_disk, undisturbed()))
+        assert ours["step"] == theirs["step"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_any_step(fails, data_dir, tmp_path):

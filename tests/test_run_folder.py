@@ -1,36 +1,120 @@
 import os
+import resource
 import signal
 import time
-from threading import Event
+from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import losses_of, wait_for_step
+from conftest import entries, losses_of, metrics_of, new_checkpoint, wait_for_step
+from filelock import FileLock, Timeout
 
+import train
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import load_checkpoint
-from storygpt.files import BEST, FINAL, LATEST
+from storygpt import token_files
+from storygpt.checkpoint import load_checkpoint, save_checkpoint
+from storygpt.files import BEST, FINAL, LATEST, METRICS
 from storygpt.run_folder import RunFolder
 
-# --- metrics.jsonl, leftovers, two runs in one folder ---
+# --- What is there, and who may write there ---
 
 
 def test_metrics_without_checkpoints_count_as_a_run(fails, flags, copy_of_run):
     for path in copy_of_run.glob("*.pt"):
         path.unlink()
     before = {path: path.read_bytes() for path in copy_of_run.iterdir()}
-    fails("train.py", *flags, says="already holds a run (metrics.jsonl)")
-    fails("train.py", *flags, "--resume", says="from which alone a run can be resumed")
+    for more in ([], ["--resume"]):
+        says = "already holds metrics.jsonl of a run, but not the StoryGPT_latest.pt"
+        fails("train.py", *flags, *more, says=says)
     assert {path: path.read_bytes() for path in copy_of_run.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", [BEST, FINAL, "StoryGPT_step_000005.pt"])
 def test_weights_alone_are_not_overwritten(name, tmp_path):
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(InputError, match=f"already holds a run .{name}."):
-        RunFolder(tmp_path).check_unused()
+    for resume in (False, True):
+        with pytest.raises(InputError, match=f"already holds {name} of a run"):
+            RunFolder(tmp_path).find(resume)
+
+
+@pytest.mark.parametrize(
+    ("step", "what"), [(None, "nothing"), (0, "a run begun"), (7, "a run"), (9, "a finished run")]
+)
+def test_one_look_says_what_is_in_a_folder(step, what, tmp_path):
+    training = TrainingConfig(max_steps=9)
+    if step is not None:
+        resume = {"data": "", "dtype": "float32"}
+        latest = new_checkpoint(step=step, training_config=training) | resume
+        save_checkpoint(tmp_path / LATEST, latest)
+    assert RunFolder(tmp_path).look().what == what
+    found = RunFolder(tmp_path).find(resume=True)
+    assert (found and found["step"]) == step
+    if step:
+        with pytest.raises(InputError, match=f"already holds {what}: (continue it|pass another)"):
+            RunFolder(tmp_path).find(resume=False)
+    else:
+        assert RunFolder(tmp_path).find(resume=False) is None
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_that_begins_while_another_sets_up_finds_the_folder_locked(
+    resume, set_up, script, flags, monkeypatch
+):
+    """The race made wide: a whole run where another has looked and not begun to write."""
+    other = []
+
+    def load_meta(*arguments):
+        other.append(script("train.py", *flags, *resume))
+        return token_files.load_meta(*arguments)
+
+    monkeypatch.setattr(train, "load_meta", load_meta)
+    set_up(*resume)
+    assert other[0].code == 1 and "another process is training" in other[0].output
+
+
+def test_a_folder_is_locked_before_it_is_looked_at(set_up, copy_of_run, monkeypatch):
+    """A restart that overlaps a stop must not go on from what the other is about to save over."""
+
+    def load(path):
+        with pytest.raises(Timeout):
+            FileLock(copy_of_run / ".lock").acquire(blocking=False)
+        return load_checkpoint(path)
+
+    monkeypatch.setattr("storygpt.run_folder.load_checkpoint", load)
+    _, state = set_up("--resume")
+    assert state.step == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--n_layer", 0], "n_layer must be"),
+        (["--data_dir", "nowhere"], "no prepared data in nowhere"),
+        (["--device", "tpu"], "is no device"),
+    ],
+)
+def test_a_mistake_leaves_no_folder(changes, says, fails, flags, tmp_path):
+    for resume in ([], ["--resume"]):
+        fails("train.py", *flags, "--checkpoint_dir", tmp_path / "a" / "b", *changes, *resume,
+              says=says)  # fmt: skip
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_run_killed_before_its_first_save_begins_again_with_its_settings(
+    script, flags, data_dir, run_dir, tmp_path
+):
+    """A bare --resume took the defaults: a model of 57M in the place of this one."""
+    process = script.start("train.py", *flags, "--save_minutes", 10)
+    wait_for_step(process, tmp_path / "run", 4)
+    process.kill()
+    process.join()
+    assert load_checkpoint(tmp_path / "run" / LATEST)["step"] == 0
+    bare = ["--data_dir", data_dir, "--checkpoint_dir", tmp_path / "run", "--save_minutes", 0]
+    result = script("train.py", "--resume", *bare)
+    assert result.code == 0 and "beginning again with the settings" in result.output
+    assert losses_of(tmp_path / "run") == losses_of(run_dir)
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_named_with_what_mends_it(fails, flags, copy_of_run):
@@ -42,6 +126,9 @@ def test_a_checkpoint_that_cannot_be_resumed_is_named_with_what_mends_it(fails, 
         for more in ([], ["--resume"]):
             said = fails("train.py", *flags, *more, says="or pass another --checkpoint_dir")
             assert says in said
+
+
+# --- Locks and leftovers ---
 
 
 def test_two_runs_in_one_folder(script, fails, flags, tmp_path):
@@ -63,7 +150,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    assert RunFolder(tmp_path).open(0) == []
+    RunFolder(tmp_path).lock()
     assert "disk without locks" in capsys.readouterr().err
 
 
@@ -74,14 +161,15 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
 def saving(tmp_path):
     """A run's folder whose writer is held up until `saving.go()`, and a checkpoint for it."""
     folder, hold = RunFolder(tmp_path), Event()
-    folder.open(0)
+    folder.lock()
+    folder.cut(0)
     folder.writer.submit(hold.wait, 60)
     weights = GPT(GPTConfig(vocab_size=300, context_length=8, n_layer=1, n_head=1, n_embd=8))
     checkpoint = {"gpt_config": weights.config, "training_config": TrainingConfig(), "step": 1}
     checkpoint |= {"val_loss": 1.0, "model_state_dict": weights.state_dict()}
     yield SimpleNamespace(folder=folder, checkpoint=checkpoint, go=hold.set)
     hold.set()
-    folder.lock.release()
+    folder.close()
 
 
 def test_a_save_is_of_the_moment_it_was_asked_for(saving, tmp_path):
@@ -99,17 +187,92 @@ def test_a_save_is_of_the_moment_it_was_asked_for(saving, tmp_path):
         assert torch.equal(saved["model_state_dict"][name], weight), name
 
 
-@pytest.mark.parametrize("then", ["save", "wait"])
-def test_a_save_that_failed_is_told_at_the_next_and_at_the_end(then, saving, tmp_path):
+def keep_up(folder) -> None:
+    """What training does after each step, until the attempt to save that goes on is noticed."""
+    while folder.attempt:
+        folder.keep_up()
+        time.sleep(0.001)
+
+
+def test_a_save_that_failed_is_noticed_and_tried_again(saving, tmp_path, capsys):
     (tmp_path / BEST).mkdir()  # in the way
     saving.go()
-    saving.folder.save([BEST], saving.checkpoint, {})
-    with pytest.raises(InputError, match=f"{BEST} cannot be written"):
-        if then == "save":
-            saving.folder.save([LATEST], saving.checkpoint, {})
-        else:
-            saving.folder.wait()
+    saving.folder.save([BEST, LATEST], saving.checkpoint, {})
+    keep_up(saving.folder)
+    said = capsys.readouterr().err
+    assert f"{BEST} cannot be written (Is a directory)" in said
+    assert "Trying again at the next step" in said
+    saving.folder.keep_up()  # the next step
+    keep_up(saving.folder)
+    assert "Trying again in a minute" in capsys.readouterr().err
+    saving.folder.keep_up()
+    assert not saving.folder.attempt  # the minute is not over
+    (tmp_path / BEST).rmdir()
+    saving.folder.saving.next = time.monotonic()  # now it is
+    saving.folder.keep_up()
+    keep_up(saving.folder)
+    assert load_checkpoint(tmp_path / BEST)["step"] == load_checkpoint(tmp_path / LATEST)["step"]
+    assert not saving.folder.unsaved and not capsys.readouterr().err
+
+
+def test_a_best_that_failed_is_saved_though_the_weights_have_moved_on(saving, tmp_path):
+    """And before what tells that it is the best: StoryGPT_latest.pt."""
+    (tmp_path / BEST).mkdir()
+    saving.go()
+    saving.folder.save([BEST, LATEST], saving.checkpoint, {})
+    saving.folder.save([LATEST], saving.checkpoint | {"step": 2}, {})
+    keep_up(saving.folder)
     assert not (tmp_path / LATEST).exists()
+    (tmp_path / BEST).rmdir()
+    saving.folder.wait()
+    assert load_checkpoint(tmp_path / BEST)["step"] == 1
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 2
+
+
+def test_a_run_ends_where_no_checkpoint_could_be_written_for_long(saving, tmp_path):
+    (tmp_path / LATEST).mkdir()
+    saving.go()
+    saving.folder.save([LATEST], saving.checkpoint, {})
+    keep_up(saving.folder)
+    assert not saving.folder.failing_for(10)
+    saving.folder.saving.since -= 601
+    assert saving.folder.failing_for(10)
+    with pytest.raises(InputError, match=f"{LATEST} cannot be written"):
+        saving.folder.wait()
+    (tmp_path / LATEST).rmdir()
+    saving.folder.wait()  # the last try comes in time
+    assert not saving.folder.failing_for(10)
+
+
+def test_metrics_that_could_not_be_written_are_written_later(saving, tmp_path, capsys):
+    """A disk with no room but for half a line, by the limit on a file's size."""
+    lines, folder = entries(5), saving.folder
+    folder.append(lines[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        room = (tmp_path / METRICS).stat().st_size + 10
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        for line in lines[1:4]:
+            folder.append(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (File too large): allow larger files") == 2
+    assert (tmp_path / METRICS).stat().st_size == room
+    folder.append(lines[4])
+    assert len(folder.unwritten) == 4  # not before the minute is over
+    folder.wait()
+    assert metrics_of(tmp_path) == lines
+
+
+def test_a_folder_is_not_unlocked_before_its_last_save_is_done(saving, tmp_path):
+    """Whatever ended the run, perhaps an error: who waits for the lock must see that save."""
+    saving.folder.save([LATEST], saving.checkpoint, {})
+    Timer(0.2, saving.go).start()
+    saving.folder.close()
+    assert (tmp_path / LATEST).exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(saving, tmp_path):

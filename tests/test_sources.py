@@ -1,111 +1,24 @@
 """Which files are read, as which split, and what stories come of them: each kind of input that
 people really have is made here, and read by the rules of docs/data.md."""
 
-import bz2
 import gzip
-import json
-import lzma
 import os
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from story_files import LONG, csv, jsonl, parquet, put, read, refused, txt
 
 from config import InputError
 from storygpt.builtin_stories import sample_stories
-from storygpt.readers import JSONStream
-from storygpt.sources import open_stories, split_of
+from storygpt.sources import list_left_out, match_files, open_stories, split_of
 
-LONG = [f"Story {i} tells of a cat.\n\nIt had {i} hats." for i in range(12)]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:5ab5\nsize 2227753162\n"
-
-
-def put(folder, files: dict[str, str | bytes]):
-    """Writes files by name; text as UTF-8, in which half surrogate pairs may stand."""
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode(errors="surrogatepass"))
-    return folder
-
-
-def read(path, column: str = "text", **keywords) -> dict[str, list]:
-    stories = open_stories(str(path), column, **keywords)
-    return {split: list(rows) for split, rows in stories.splits.items()}
 
 
 def left_out(path) -> dict[str, list[str]]:
     return open_stories(str(path)).left_out
 
 
-def refused(path, *says: str, **keywords) -> None:
-    with pytest.raises(InputError) as error:
-        read(path, **keywords)
-    for words in (str(path), *says):
-        assert words in str(error.value), error.value
-
-
-def txt(stories) -> str:
-    return "".join(f"{story}\n<|endoftext|>\n" for story in stories)
-
-
-def jsonl(stories, **others) -> str:
-    return "".join(json.dumps({"text": story} | others) + "\n" for story in stories)
-
-
-def csv(stories, delimiter: str = ",") -> str:
-    rows = ('"{}"'.format(story.replace('"', '""')) + f"{delimiter}1\n" for story in stories)
-    return f"text{delimiter}n\n" + "".join(rows)
-
-
-def parquet(stories, kind=None, **others) -> bytes:
-    texts = stories if isinstance(stories, pa.Array) else pa.array(stories, kind)
-    columns = {"text": texts} | {name: [value] * len(texts) for name, value in others.items()}
-    pq.write_table(pa.table(columns), buffer := pa.BufferOutputStream())
-    return buffer.getvalue().to_pybytes()
-
-
 # --- Which files ---
-
-
-WAYS = {
-    "stories.txt": txt(LONG),
-    "stories.jsonl": jsonl(LONG),
-    "stories.json": json.dumps([{"text": story, "n": 1} for story in LONG]),
-    "lines.json": jsonl(LONG),
-    "under_a_key.json": json.dumps({"n": [1], "data": [{"text": s} for s in LONG]}, indent=1),
-    "after_other_lists.json": json.dumps({"by": [{"n": 1}], "data": [{"text": s} for s in LONG]}),
-    "lines_with_lists.json": "".join(json.dumps({"by": [{"n": 1}], "text": s}) for s in LONG),
-    "stories.csv": csv(LONG),
-    "stories.tsv": csv(LONG, "\t"),
-    "stories.parquet": parquet(LONG, n=1),
-    "STORIES.JSONL": jsonl(LONG),
-    "stories.txt.gz": gzip.compress(txt(LONG).encode()),
-    "stories.tsv.bz2": bz2.compress(csv(LONG, "\t").encode()),
-    "stories.json.xz": lzma.compress(jsonl(LONG).encode()),
-    "stories.jsonl.zst": pa.compress(jsonl(LONG).encode(), "zstd", asbytes=True),
-    "Stories.Txt.GZ": gzip.compress(txt(LONG).encode()),
-    "two_parts.jsonl.gz": gzip.compress(b"".join([jsonl(LONG[:5]).encode()]))
-    + gzip.compress(jsonl(LONG[5:]).encode()),
-}
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_every_kind_of_file_gives_the_same_stories(name, tmp_path):
-    put(tmp_path, {name: WAYS[name]})
-    assert read(tmp_path / name) == read(tmp_path) == {"train": LONG}
-
-
-@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
-def test_a_packed_file_that_is_cut_or_not_packed_is_named(ending, tmp_path):
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(
-        ending, lambda data: pa.compress(data, "zstd", asbytes=True)
-    )
-    data = pack(os.urandom(2000).hex().encode())
-    put(tmp_path, {f"cut.txt.{ending}": data[:-9], f"plain.txt.{ending}": txt(LONG)})
-    refused(tmp_path / f"cut.txt.{ending}", "cannot read")
-    refused(tmp_path / f"plain.txt.{ending}", "cannot read")
 
 
 def test_what_is_no_data_is_left_out_and_named(tmp_path):
@@ -123,7 +36,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     assert left_out(tmp_path) == {
         "hidden": [".git", ".hidden.jsonl"],
         "notes by their name": sorted([*notes, "package.json"]),
-        "of another kind": ["b.zip", "pipe.jsonl", "data/b.parquet.gz"],
+        "of another kind": ["pipe.jsonl", "b.zip", "data/b.parquet.gz"],
         ".txt beside structured files": ["old.txt"],
         "another name of what is read": ["data/a.jsonl", "data/up"],
         "compressed copies": ["data/a.jsonl.gz"],
@@ -216,6 +129,13 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("train/my_test", "test"),
         ("test/dev/a", "validation"),
         ("validation_set/a", "train"),
+        ("stories_valid_v2", "validation"),
+        ("stories_v2.1_test", "test"),
+        ("valid-v3-00000-of-00001", "validation"),
+        ("dev2", "validation"),
+        ("v2", "train"),
+        ("split=validation/part-0", "validation"),
+        ("default/partial-test/0000", "test"),
     ],
 )
 def test_the_split_follows_from_the_name(path, split):
@@ -259,12 +179,12 @@ def test_folders_that_datasets_saved(tmp_path):
     splits = datasets.DatasetDict(parts | {"val": rest, "test": rest})
     splits.save_to_disk(tmp_path / "all")
     assert read(tmp_path / "all") == {"train": LONG, "validation": ["V."]}
-    assert "test/data-00000-of-00001.arrow" in left_out(tmp_path / "all").popitem()[1]
+    assert left_out(tmp_path / "all") == {"test, as there is validation": ["test"]}
     datasets.DatasetDict({"train_test": rest}).save_to_disk(tmp_path / "both")
     with pytest.raises(InputError, match="train_test names two splits"):
         read(tmp_path / "both")
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
-    refused(tmp_path / "one", "data-00001-of-00002.arrow")
+    refused(tmp_path / "one", "not whole as a saved data set", "data-00001-of-00002.arrow")
     (tmp_path / "all" / "train" / "state.json").write_text("{")
     refused(tmp_path / "all", "not whole as a saved data set")
 
@@ -318,162 +238,93 @@ def test_a_readme_that_declares_nothing_is_a_note(tmp_path):
     refused(tmp_path, "leave out --subset, --revision", revision="main")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("a.csv", "a.csv"),
+        ("./en/*.csv", "en/a.csv"),
+        ("**", "a.csv en/a.csv en/b/c.csv en/b/d[1].csv"),
+        ("en/**", "en/a.csv en/b/c.csv en/b/d[1].csv"),
+        ("**/c.csv", "en/b/c.csv"),
+        ("**/a.csv", "a.csv en/a.csv"),
+        ("en/b/[a-c].csv", "en/b/c.csv"),
+        ("en/b/[!a-b].csv", "en/b/c.csv"),
+        ("en/b/d[1].csv", "en/b/d[1].csv"),
+        ("en/?.csv", "en/a.csv"),
+        ("en", ""),
+    ],
+)
+def test_patterns_of_a_readme_stand_for_names(pattern, files):
+    names = ["README.md", "a.csv", "en/a.csv", "en/b/c.csv", "en/b/d[1].csv"]
+    assert " ".join(match_files(names, pattern)) == files
+
+
+@pytest.mark.parametrize("name", ["builtin", "sample"])
+def test_a_folder_called_like_the_built_in_stories_is_asked_about(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(put(tmp_path, {f"{name}/a.jsonl": jsonl(LONG)}))
+    refused(name, f"pass --dataset ./{name} to read that")
+    assert read(f"./{name}") == {"train": LONG}
+
+
+def test_an_empty_dataset_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(put(tmp_path, {"a.jsonl": jsonl(LONG)}))
+    refused("", "--dataset is empty")
+    assert read(".") == {"train": LONG}
+
+
+def test_files_of_one_inode_number_are_told_apart(tmp_path, monkeypatch):
+    """Network drives make the numbers up, and the same one for two files."""
+    put(tmp_path, {"a.jsonl": jsonl(LONG[:6]), "b.jsonl": jsonl(LONG[6:])})
+    (tmp_path / "c.jsonl").symlink_to("b.jsonl")
+    stat = os.stat
+
+    def made_up(*arguments, **keywords):
+        found = stat(*arguments, **keywords)
+        return os.stat_result((found[0], 7, 7, *found[3:]))
+
+    monkeypatch.setattr("os.stat", made_up)
+    assert read(tmp_path) == {"train": LONG}
+    assert left_out(tmp_path) == {"another name of what is read": ["c.jsonl"]}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "log.jsonl", "titles.json"])
+def test_metadata_beside_many_texts_is_not_taken_for_the_stories(name, tmp_path):
+    """The layout of PG-19 and of mirrors of Gutenberg."""
+    data = {"metadata.csv": "id,title\n1,Alice\n", "titles.json": '[{"title": "Alice"}]'}
+    put(tmp_path, {name: data.get(name, '{"title": "Alice"}\n')})
+    put(tmp_path, {f"train/{i}.txt": story for i, story in enumerate(LONG)})
+    refused(tmp_path, name, "has no column 'text'; because of it 12 .txt beside")
+    put(tmp_path, {name: '"Alice" by Carroll, 1865\n'})  # is nothing that its name says
+    refused(tmp_path, name, "because of it 12 .txt beside it are not read: move it out of")
+    (tmp_path / name).unlink()
+    assert sorted(read(tmp_path)["train"]) == sorted(LONG)
+
+
+def test_a_validation_split_that_one_name_among_many_made_is_noted(tmp_path):
+    put(tmp_path, {f"{i}.txt": txt(LONG) for i in range(38)} | {"the dev.txt": txt(LONG)})
+    put(tmp_path, {"final test.txt": txt(LONG)})
+    (note,) = open_stories(str(tmp_path)).notes
+    assert note == "validation is the dev.txt, by its name, of 39 files"
+    (tmp_path / "1.txt").unlink()
+    (tmp_path / "2.txt").unlink()
+    (tmp_path / "the dev.txt").unlink()
+    (note,) = open_stories(str(tmp_path)).notes
+    assert note == "validation is final test.txt, by its name, of 37 files"
+    put(tmp_path, {"data/train-00000-of-00001.txt": txt(LONG), "val.txt": txt(LONG)})
+    (tmp_path / "final test.txt").unlink()
+    for i in range(21):
+        (tmp_path / f"{i}.txt").unlink(missing_ok=True)
+    assert open_stories(str(tmp_path)).notes == []
+
+
+def test_no_line_grows_with_what_lies_there(tmp_path):
+    put(tmp_path, {f"{i}{'x' * 200}.md": "hm" for i in range(500)} | {"a.jsonl": jsonl(LONG)})
+    line = list_left_out(left_out(tmp_path))
+    assert len(line) < 300 and line.endswith(" and 496 more")
+
+
 def test_the_built_in_stories_are_those_of_the_seed():
     for seed in (0, 3):
         stories = open_stories("builtin", seed=seed)
         told = [next(stories.splits["train"]) for _ in range(3)]
         assert told == list(sample_stories(3, seed)) and stories.total == 20_000
-
-
-# --- Rows ---
-
-
-def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
-    put(
-        tmp_path / "jsonl", {"a.jsonl": jsonl(LONG[:4], n=None), "b.jsonl": jsonl(LONG[4:8], n="x")}
-    )
-    put(tmp_path / "jsonl", {"c.jsonl": jsonl(LONG[8:11], n=[{"text": 3}]) + '{"text": "B", "n": '})
-    with open(tmp_path / "jsonl" / "c.jsonl", "a") as file:
-        file.write("9" * 5000 + ', "m": NaN}\n')  # more digits than Python takes for a number
-    put(tmp_path / "jsonl", {"d.json": '[{"text": "C", "n": [{"text": "D"}]}, {"text": "E"}]'})
-    put(tmp_path / "jsonl", {"e.json": '{"text": "F", "n": [{"text": "G"}]}'})
-    assert read(tmp_path / "jsonl") == {"train": [*LONG[:11], "B", "C", "E", "F"]}
-    put(
-        tmp_path / "csv",
-        {"a.csv": "text\nA.\n", "b.csv": "n,text\n1,B.\n", "c.csv": "text,n\nC.\n"},
-    )
-    assert read(tmp_path / "csv") == {"train": ["A.", "B.", "C."]}
-    put(
-        tmp_path / "pq",
-        {"a.parquet": parquet(LONG[:6], n=1), "b.parquet": parquet(LONG[6:], n="x")},
-    )
-    assert read(tmp_path / "pq") == {"train": LONG}
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "says"),
-    [
-        ("a.jsonl", '{"text": "A"}\n\n{"text": 3}\n', "row 3: column 'text' holds a number"),
-        ("a.jsonl", '{"text": true}\n', "row 1: column 'text' holds true or false"),
-        ("a.jsonl", '{"text": "A"}\n{"story": "B"}\n', "row 2 has no column 'text'"),
-        ("a.jsonl", '"A"\n', "row 1 is text, not an object"),
-        ("a.jsonl", '{"text": "A"}\n{"text": \n', "row 2 is not JSON"),
-        ("a.jsonl", '{"text": "A", "n": ' + "[" * 100_000, "cannot read"),
-        ("a.json", '[{"text": "A"}, {"text": ["x"]}]', "row 2: column 'text' holds a list"),
-        ("a.json", '{"text": ["A", "B"]}', "row 1: column 'text' holds a list"),
-        ("a.json", '{"train": [{"text": "A"}], "test": [{"text": "B"}]}', "lists train, test"),
-        ("a.json", '["A", "B"]', "row 1 is text, not an object"),
-        ("a.json", '{"data": [{"body": "A"}]}', "pass --text_column with one of body"),
-        ("a.json", '[{"text": "A"},]', "cannot read"),
-        ("a.json", '[{"text": "A"}', "cannot read"),
-        ("a.csv", "text,n\nA,1\n\nB,2,3\n", "line 4 has 3 fields where the header has 2"),
-        ("a.csv", "n,text\n1,A\n2\n", "line 3 has 1 fields where the header has 2"),
-        ("a.csv", 'text\n"A\nB\n', "is not CSV"),
-        ("a.csv", 'text\n"A" said Tom\n', "line 2 is not CSV"),
-        ("a.csv", "text;n\nA;1\n", "has ';' between its fields: save it with ',' there"),
-        ("a.tsv", "text,n\nA,1\n", r"has ',' between its fields: save it with '\t' there"),
-        ("a.csv", "text,text\nA,B\n", "two columns 'text'"),
-        ("a.txt", b"caf\xe9\n", "is not UTF-8"),
-        ("a.txt", "Tom.".encode("utf-16-le"), "without a byte-order mark"),
-        ("a.parquet", parquet([None] * 250 + [3]), "row 251: column 'text' holds int64, not text"),
-        ("a.parquet", parquet([b"A"]), "row 1: column 'text' holds binary, not text"),
-        ("a.parquet", b"PAR1 but no more", "cannot read"),
-    ],
-)
-def test_values_that_are_no_text_are_named_with_file_and_row(name, data, says, tmp_path):
-    refused(put(tmp_path, {name: data}) / name, says)
-
-
-def test_nulls_are_told_from_words(tmp_path):
-    words = ["NA", "null", "None", "nan", ""]
-    put(tmp_path, {"a.csv": csv(words), "b.jsonl": jsonl([None, "A."])})
-    put(
-        tmp_path,
-        {"c.parquet": parquet([None, "", "NA"]), "d.parquet": parquet([None, None], pa.int64())},
-    )
-    assert read(tmp_path) == {"train": [*words, None, "A.", None, "", "NA", None, None]}
-
-
-def test_csv_fields_may_hold_anything(tmp_path):
-    stories = ['A, "b"\r\nc', "x" * 200_000, "nul\0", 'He said "hi"', "tab\there"]
-    put(tmp_path, {"a.csv": csv(stories), "b.tsv": csv(stories, "\t"), "empty.csv": ""})
-    put(tmp_path, {"c.csv": 'text\nHe said "hi".\n'})
-    assert read(tmp_path) == {"train": [*stories, *stories, 'He said "hi".']}
-
-
-def test_byte_order_marks_and_other_encodings(tmp_path):
-    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
-        for name, data in (("a.txt", txt(LONG)), ("b.csv", csv(LONG)), ("c.jsonl", jsonl(LONG))):
-            put(tmp_path, {name: data.encode(encoding)})
-            assert read(tmp_path / name) == {"train": LONG}, (encoding, name)
-    put(tmp_path, {"d.txt": b"\xfe\xff" + "Aé.<|endoftext|>B.".encode("utf-16-be")})
-    assert read(tmp_path / "d.txt") == {"train": ["Aé.", "B."]}
-
-
-def test_half_surrogate_pairs_are_no_reason_to_refuse(tmp_path):
-    story = "A \ud800 b."
-    offsets = pa.py_buffer(np.array([0, 8, 10], "<i4").tobytes())
-    data = pa.py_buffer(b"A \xed\xa0\x80 b.C.")
-    table = parquet(pa.Array.from_buffers(pa.string(), 2, [None, offsets, data]))
-    put(
-        tmp_path,
-        {"a.jsonl": jsonl([story, "C."]), "b.jsonl": f'{{"text": "{story}"}}\n{{"text": "C."}}\n'},
-    )
-    put(tmp_path, {"c.csv": f"text\n{story}\nC.\n", "d.txt": f"{story}<|endoftext|>C."})
-    put(tmp_path, {"e.parquet": table, "f.json": json.dumps([{"text": story}, {"text": "C."}])})
-    for path in sorted(tmp_path.iterdir()):
-        assert read(path) == {"train": [story, "C."]}, path.name
-
-
-def test_end_of_text_separates_wherever_it_stands(tmp_path):
-    whole = "<|endoftext|>\nA.<|endoftext|>B.\r\nb.\n\n<|endoftext|>\n  <|endoftext|>\n"
-    whole += " C <|endo text. \n"
-    put(tmp_path, {"a.txt": whole, "b.txt": "", "c.txt": "\n\n"})
-    assert read(tmp_path) == {"train": ["", "A.", "B.\nb.", "  ", " C <|endo text. "]}
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 7, 50])
-def test_text_and_json_are_read_the_same_in_pieces_of_any_size(size, tmp_path, monkeypatch):
-    monkeypatch.setattr("storygpt.readers.CHUNK", size)
-    rows = [
-        {"n": -12.5, "text": 'a "b" \\ ]}<|endoftext|>', "m": {"x": [1, {"y": None}]}},
-        {"text": ""},
-    ]
-    put(
-        tmp_path,
-        {"a.txt": txt(LONG), "b.json": json.dumps({"n": [10, -2.5, 1e20], "rows": rows}, indent=3)},
-    )
-    assert read(tmp_path / "a.txt") == {"train": LONG}
-    assert read(tmp_path / "b.json") == {"train": [row["text"] for row in rows]}
-    with open(tmp_path / "b.json") as file:
-        assert JSONStream(file).value() == {"n": [10, -2.5, 1e20], "rows": rows}
-    put(tmp_path, {"b.json": '[{"text": "A"}, {"text": "B"'})
-    refused(tmp_path / "b.json", "cannot read")
-
-
-@pytest.mark.parametrize(
-    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-)
-def test_parquet_columns_of_every_kind_of_text(kind, tmp_path):
-    table = pa.array(LONG).cast(kind)
-    put(tmp_path, {"a.parquet": parquet(table)})
-    assert read(tmp_path) == {"train": LONG}
-
-
-def test_a_text_column_may_be_a_nested_field(tmp_path):
-    rows = [{"story": {"text": "A.", "n": 1}}, {"story": None}, {"story": {"text": None, "n": 2}}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    put(tmp_path, {"b.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
-    put(tmp_path, {"c.jsonl": '{"story.text": "B."}\n', "d.csv": "story.text\nC.\n"})
-    pq.write_table(pa.table({"story.text": ["D."]}), tmp_path / "e.parquet")
-    expected = ["A.", None, None, "A.", None, None, "B.", "C.", "D."]
-    assert read(tmp_path, "story.text") == {"train": expected}
-    for name in ("a.parquet", "b.jsonl"):
-        refused(tmp_path / name, "no column 'story.body'", "story", column="story.body")
-
-
-def test_jsonl_with_blank_lines_and_odd_line_ends(tmp_path):
-    stories = ["A\u2028b\x85c", "tab\tand\rreturn"]
-    put(tmp_path, {"a.jsonl": "\n\ufeff" + jsonl(stories).replace("\n", "\r\n\r\n")})
-    put(tmp_path, {"b.jsonl": '{"text": "raw\ttab\rreturn"}\n \n{"text": "A\u2028b"}'})
-    assert read(tmp_path) == {"train": [*stories, "raw\ttab\rreturn", "A\u2028b"]}

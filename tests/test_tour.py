@@ -74,7 +74,7 @@ def demo(script, tmp_path_factory):
     result = script("prepare_data.py", *prepare, *data)
     assert result.code == 0, result.output
     short = "--preset demo --n_layer 2 --n_head 2 --n_embd 16 --max_steps 2 --warmup_steps 1"
-    short = f"{short} --eval_interval 2 --eval_iters 1 --device cpu".split()
+    short = f"{short} --eval_interval 2 --eval_windows 8 --device cpu".split()
     result = script("train.py", *short, *data, "--checkpoint_dir", folder / "run")
     assert result.code == 0, result.output
     return folder
@@ -199,7 +199,7 @@ def test_what_is_wrong_is_one_sentence(fails, run_dir, data_dir, tmp_path):
 NOTEBOOK = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))
 SMALL = """
 DATASET, STORIES, VOCAB_SIZE = "builtin", 400, 4096
-MODEL = "--preset demo --batch_size 4 --eval_interval 10 --eval_iters 1"
+MODEL = "--preset demo --batch_size 4 --eval_interval 10 --eval_windows 4"
 STEPS, WARMUP = 20, 5
 CHECKPOINTS = "checkpoints/tour"
 """

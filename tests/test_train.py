@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, metrics_of, python, wait_for_step
+from conftest import ROOT, TINY, metrics_of, python, wait_for_step
 from PIL import Image
 
 import train
@@ -144,7 +144,8 @@ def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path)
 
     class SlowBatches:
         tokens, tokens_per_step = batches.tokens, batches.tokens_per_step
-        steps_per_epoch, minutes = batches.steps_per_epoch, 0
+        windows_per_step, steps_per_epoch = batches.windows_per_step, batches.steps_per_epoch
+        minutes = 0
 
         def __call__(self, step, positions):
             lost.append(self.minutes - 10 * state.saved_step)  # by a power cut now
@@ -154,11 +155,50 @@ def test_the_clock_saves_in_time_and_ends_in_time(set_up, monkeypatch, tmp_path)
 
     slow = SlowBatches()
     monkeypatch.setattr(train.time, "monotonic", lambda: start + 60 * slow.minutes)
+    monkeypatch.setattr(train.time, "time", lambda: 1e9 * len(lost) % 7)  # a clock that jumps
     status = train.train(replace(setting, batches=slow), state)
     assert status == 75 and 40 <= slow.minutes <= 60
     assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == state.step
     assert 25 <= max(lost) <= 25 + 2 * 10
     assert all(later - earlier >= 25 for earlier, later in pairwise(sorted(saved)))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "unused"),
+    [
+        ([10] * 9, 10),
+        ([30, *[1] * 99], 1),  # the first compiles
+        ([1, 1, 1, 31, *[1] * 99], 1),  # a laptop slept in the fourth
+        ([1] * 40 + [3] * 99, 3),
+    ],
+)
+def test_max_hours_looks_at_recent_steps(minutes, unused, monkeypatch):
+    """On a stand-in for the clock: an hour, of which a save takes a minute."""
+    now, made = cli.STARTED, 0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    config = TrainingConfig(eval_interval=10_000)
+    pace = train.Pace(config, deadline=now + 3_600)
+    stop = False
+    while not stop:
+        stop = not pace.allows_two(made, save_seconds=60)
+        now, made = now + 60 * minutes[made], made + 1
+        pace.add(60 * minutes[made - 1], evaluation=None)
+    assert 0 <= cli.STARTED + 3_600 - 60 - now <= 60 * unused
+
+
+def test_max_hours_knows_an_evaluation_from_the_last(monkeypatch):
+    """Of five minutes where a step takes one: 20 minutes hold ten steps and one, or two of both."""
+    now, made = cli.STARTED, 0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    pace = train.Pace(TrainingConfig(eval_interval=5), deadline=now + 20 * 60)
+    stop = False
+    while not stop:
+        stop = not pace.allows_two(made, save_seconds=0)
+        made += 1
+        evaluated = train.is_evaluated(made, pace.config)
+        now += 60 + 300 * evaluated
+        pace.add(60, evaluation=300 if evaluated else None)
+    assert made == 10 and now - cli.STARTED == pytest.approx(20 * 60)
 
 
 def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, data_dir, tmp_path):
@@ -176,7 +216,7 @@ def test_best_is_the_lowest_loss_and_final_the_last_also_when_resumed(script, da
         model, checkpoint = load_model(tmp_path / f"StoryGPT_{name}.pt")
         assert checkpoint["val_loss"] == expected
         assert checkpoint["step"] == 1 + losses.index(expected)
-        loss = estimate_loss(model, tokens, 64, 4, 4, torch.device("cpu"), torch.float32)
+        loss = estimate_loss(model, tokens, 64, 4, 16, torch.device("cpu"), torch.float32)
         assert loss == pytest.approx(expected, rel=1e-5)  # of the weights themselves
     assert load_checkpoint(tmp_path / "StoryGPT_latest.pt")["best_val_loss"] == losses[0]
 
@@ -200,7 +240,7 @@ def test_mistakes_are_named_before_any_step(fails, data_dir, run_dir, tmp_path):
         assert not (tmp_path / "out").exists()
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     flags = [*TINY, *data, "--checkpoint_dir", run_dir]
-    fails("train.py", *flags, says="already holds a run")
+    fails("train.py", *flags, says="already holds a finished run")
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
@@ -226,7 +266,7 @@ def test_real_stories_are_learned(script, tinystories, tmp_path):
     assert script("prepare_data.py", *flags).code == 0
     flags = "--n_layer 2 --n_embd 64 --n_head 2 --batch_size 4 --gradient_accumulation_steps 1 "
     flags += "--vocab_size 1024 --warmup_steps 10 --max_steps 90 --eval_interval 30 "
-    flags += "--eval_iters 10 --learning_rate 0.003 --min_lr 0.0003 --device cpu"
+    flags += "--eval_windows 40 --learning_rate 0.003 --min_lr 0.0003 --device cpu"
     result = script(
         "train.py", *flags.split(), "--data_dir", data, "--checkpoint_dir", tmp_path / "run"
     )
@@ -296,7 +336,7 @@ def test_max_hours_says_that_there_is_more(script, flags, tmp_path):
     for step in (1, 2, 3):  # one is made however little time there is: a chain of jobs ends
         result = script("train.py", *flags)
         assert result.code == (75 if step < 3 else 0), result.output
-        assert ("continue with: python train.py --resume" in result.output) == (step < 3)
+        assert (f"continue with: python {ROOT}/train.py --resume" in result.output) == (step < 3)
         assert ("done: best val_loss" in result.output) == (step == 3)
         assert metrics_of(tmp_path / "run")[-1]["step"] == step
         assert load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["step"] == step

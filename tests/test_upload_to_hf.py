@@ -263,7 +263,7 @@ def test_the_card_is_valid_and_its_links_resolve(folders, hub, monkeypatch, tmp_
         assert [seed for seed, _ in stories_on(card.text)] == [1337, 1338, 1339]
         assert "| learning_rate | 0.0003 |" in card.text
         said = " ".join(card.text.split())
-        windows = TrainingConfig().eval_iters * TrainingConfig().batch_size
+        windows = TrainingConfig().eval_windows
         assert f"at most {windows:,} windows of 64 tokens of the validation split" in said
         assert "from scratch with" in said and "not published here" not in said
         for name in (str(tmp_path.parent), str(run.checkpoint.parent)):
