@@ -65,7 +65,7 @@ def all_windows(
 @torch.no_grad()
 def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int) -> float:
     """Mean loss in nats over all `tokens` (uint16), each scored once; summed in float64."""
-    device, total = model.wte.weight.device, 0.0
+    device, total = next(model.parameters()).device, 0.0
     batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
     with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:
         for x, y in batches:

@@ -1,0 +1,329 @@
+"""Script: a race over seconds: the same shape on the same tokens, by our recipes and by nanoGPT.
+
+Each run is a process of its own, one after the other: our train.py, or that of a checkout of
+nanoGPT, unchanged. Shape, batch, warm-up and a cosine to a tenth of the peak are the same for all;
+the rest is as each comes (ours in bfloat16 where the machine has it; nanoGPT without biases, on a
+CPU in float32). The cosine has to end with the seconds, so a few steps tell first how many a
+quarter of the seconds holds, and the quarter of the best learning rate how many a whole run has.
+
+A point of the curves is a checkpoint, scored after its run on every token held out.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from storygpt import cli
+
+if __name__ == "__main__":
+    cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
+
+import contextlib
+import math
+import pickle
+import re
+import runpy
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from typing import get_args
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from config import GPTConfig, InputError, OptimizerName, TrainingConfig, check_whole, preset
+from model import GPT
+from storygpt.checkpoint import load_model
+from storygpt.device import use_device
+from storygpt.files import save_figure, step_name
+from storygpt.losses import exact_loss
+from storygpt.token_files import bits_per_byte, load_meta, load_tokens
+
+OUR_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
+POINTS = 10  # of a curve: checkpoints of a run, evenly spread
+FEW_STEPS = 40  # tell the speed
+SHAPE = ("n_layer", "n_head", "n_embd", "dropout")  # what all call the same
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Race our recipes and nanoGPT: the loss that each reaches in the same seconds."""
+
+    gpt: tyro.conf.FlagConversionOff[GPTConfig] = field(default_factory=lambda: preset("3m")[0])
+    data_dir: Path = Path("data")
+    """Folder that prepare_data.py wrote."""
+    output_dir: Path = Path("checkpoints/race")
+    """New folder for the picture, race.png, and the checkpoints of all runs."""
+    nanogpt: Path | None = None
+    """A checkout of nanoGPT; without one it does not take part."""
+    seconds: float = 1800
+    """Seconds of a run, from the start of its process to its last checkpoint."""
+    optimizers: tuple[OptimizerName, ...] = get_args(OptimizerName)
+    """Our recipes to race."""
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    """Peaks that AdamW, ours and nanoGPT's, tries for a quarter of the seconds each, to race at the
+    best. Muon takes its default."""
+    seeds: tuple[int, ...] = (1337,)
+    """Our seeds; those after the first are for the winner. nanoGPT's is 1337 whatever one does."""
+    batch_size: int = 8
+    """Windows of context_length tokens in a step."""
+    device: str = "auto"
+    """cuda, cuda:1, mps or cpu; auto takes the first there is."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Whoever races: a train.py, the flags that it alone has, and the loss of a checkpoint."""
+
+    name: str
+    script: Path
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    own_flags: Callable[[int, int, int, Path], dict]  # of steps, points, seed, folder
+    score: Callable[[Path], float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended. The lists have an entry for each of its checkpoints."""
+
+    contender: Contender
+    learning_rate: float
+    seed: int
+    steps: list[int]
+    seconds: list[float]  # since the start of its process
+    checkpoints: list[Path]
+
+    @property
+    def losses(self) -> list[float]:
+        return [self.contender.score(path) for path in self.checkpoints]
+
+    @property
+    def last_loss(self) -> float:
+        return self.contender.score(self.checkpoints[-1])
+
+    @property
+    def seconds_a_step(self) -> float:
+        """From the first checkpoint to the last: without the start-up, with the saves."""
+        return (self.seconds[-1] - self.seconds[0]) / (self.steps[-1] - self.steps[0])
+
+    def steps_in(self, seconds: float) -> int:
+        """Returns how many steps, a multiple of POINTS, fit into `seconds` after a start-up."""
+        start_up = self.seconds[0] - self.steps[0] * self.seconds_a_step
+        return POINTS * max(1, int((seconds - start_up) / self.seconds_a_step / POINTS))
+
+
+# --- The contenders; `score` takes a model ---
+
+
+def our_recipe(arguments: Arguments, score: Callable, optimizer: OptimizerName) -> Contender:
+    """Returns one of ours."""
+    default = TrainingConfig(optimizer=optimizer).filled_in(arguments.gpt.n_embd).learning_rate
+    return Contender(
+        name=f"StoryGPT, {optimizer}",
+        script=OUR_SCRIPT,
+        learning_rates=arguments.learning_rates if optimizer == "adamw" else (default,),
+        seeds=arguments.seeds,
+        own_flags=lambda steps, points, seed, folder: {
+            **asdict(arguments.gpt),
+            "optimizer": optimizer,
+            "max_steps": steps,
+            "warmup_steps": warm_up(steps),
+            "eval_interval": steps,
+            "keep_interval": steps // points,
+            "seed": seed,
+            "data_dir": arguments.data_dir.resolve(),
+            "checkpoint_dir": folder,
+        },
+        score=cache(lambda path: score(load_model(path, arguments.device)[0])),
+    )
+
+
+def nanogpt(arguments: Arguments, score: Callable) -> Contender:
+    """Returns nanoGPT, its data beside the runs. Raises InputError where it is not there."""
+    checkout, data = arguments.nanogpt.resolve(), arguments.output_dir.resolve() / "nanogpt_data"
+    for name in ("train.py", "model.py", "configurator.py"):
+        if not (checkout / name).exists():
+            raise InputError(f"{checkout} is no checkout of nanoGPT: it has no {name}")
+    data.mkdir(parents=True)
+    for split, name in (("train", "train.bin"), ("validation", "val.bin")):
+        (data / name).symlink_to((arguments.data_dir / f"{split}.bin").resolve())
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": arguments.gpt.vocab_size}))
+
+    # what it could not do there
+    on_cpu = {} if arguments.device.startswith("cuda") else {"compile": False, "dtype": "float32"}
+
+    def load(path: Path) -> nn.Module:
+        """Opens a checkpoint in nanoGPT's own code: its GELU is the exact one, ours is GPT-2's."""
+        theirs = runpy.run_path(str(checkout / "model.py"))
+        checkpoint = torch.load(path, map_location=arguments.device, weights_only=True)
+        with contextlib.redirect_stdout(None):
+            model = theirs["GPT"](theirs["GPTConfig"](**checkpoint["model_args"]))
+        consume_prefix_in_state_dict_if_present(checkpoint["model"], "_orig_mod.")  # compiled
+        model.load_state_dict(checkpoint["model"])
+        model.config.context_length = model.config.block_size  # what exact_loss asks for
+        return model.to(arguments.device).eval()
+
+    return Contender(
+        name="nanoGPT, adamw",
+        script=checkout / "train.py",
+        learning_rates=arguments.learning_rates,
+        seeds=(1337,),
+        own_flags=lambda steps, points, seed, folder: {
+            "block_size": arguments.gpt.context_length,
+            "max_iters": steps,
+            "lr_decay_iters": steps,
+            "warmup_iters": warm_up(steps),
+            "eval_interval": steps // points,  # when it saves
+            "dataset": data,
+            "out_dir": folder,
+            **on_cpu,
+        },
+        score=cache(lambda path: score(load(path))),
+    )
+
+
+def warm_up(steps: int) -> int:
+    return min(50, steps // 4)
+
+
+@cache  # the run of FEW_STEPS is the quarter of few seconds
+def train(
+    arguments: Arguments,
+    contender: Contender,
+    learning_rate: float,
+    seed: int,
+    steps: int,
+    points: int,
+) -> Run:
+    """Trains for so many steps with so many checkpoints. Raises InputError where that fails."""
+    name = f"{contender.name}, rate {learning_rate:.2g}, seed {seed}, {steps} steps, {points} kept"
+    folder = arguments.output_dir.resolve() / name
+    flags = {
+        **{name: getattr(arguments.gpt, name) for name in SHAPE},
+        "batch_size": arguments.batch_size,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": learning_rate,
+        "min_lr": learning_rate / 10,
+        "eval_iters": 1,
+        "device": arguments.device,
+        **contender.own_flags(steps, points, seed, folder),
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    started, last_line = time.time(), ""
+    with subprocess.Popen(
+        [sys.executable, "-u", contender.script, *words],
+        cwd=contender.script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            for line in process.stdout:
+                last_line = line.strip() or last_line
+                # nanoGPT has saved before it tells of a step; at the next save it would overwrite.
+                if (told := re.match(r"iter (\d+):", line)) and (folder / "ckpt.pt").exists():
+                    (folder / "ckpt.pt").rename(folder / step_name(int(told[1])))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise InputError(f"the run in {folder} ended with {process.returncode}: {last_line}")
+    kept = range(steps // points, steps + 1, steps // points)
+    checkpoints = [folder / step_name(step) for step in kept]
+    seconds = [path.stat().st_mtime - started for path in checkpoints]
+    print(f"{name}: {seconds[-1]:.0f} s", flush=True)
+    return Run(
+        contender=contender,
+        learning_rate=learning_rate,
+        seed=seed,
+        steps=list(kept),
+        seconds=seconds,
+        checkpoints=checkpoints,
+    )
+
+
+def table(runs: list[Run], counts: dict) -> str:
+    """Returns a Markdown row for each run; `counts` are meta.json's of the validation split."""
+    titles = ("run", "learning rate", "seed", "steps", "seconds", "loss", "bits a byte", "s a step")
+    rows = [titles, ["---"] * len(titles)]
+    for run in runs:
+        loss = run.last_loss
+        row = [run.contender.name, f"{run.learning_rate:.2g}", f"{run.seed}", f"{run.steps[-1]:,}"]
+        row += [f"{run.seconds[-1]:,.0f}", f"{loss:.3f}", f"{bits_per_byte(loss, counts):.3f}"]
+        rows.append([*row, f"{run.seconds_a_step:.3f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(runs: list[Run], title: str, path: Path) -> None:
+    """Draws loss over seconds, a colour for each contender."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, names = figure.subplots(), [run.contender.name for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        label = f"{name}: {run.last_loss:.2f}"
+        axes.plot(run.seconds, run.losses, f".-C{names.index(name)}", label=label)
+    axes.set(xlabel="seconds since its start", ylabel="validation loss (nats a token)", title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path, dpi=120)
+
+
+def race(arguments: Arguments, contenders: list[Contender]) -> list[Run]:
+    """Returns a run of the seconds asked for each contender, then those of the winner's seeds."""
+    quarters = []
+    for contender in contenders:
+        run = partial(train, arguments, contender, seed=contender.seeds[0], points=2)
+        few = run(contender.learning_rates[0], steps=FEW_STEPS)
+        steps = max(FEW_STEPS, few.steps_in(arguments.seconds / 4))
+        tried = [run(learning_rate, steps=steps) for learning_rate in contender.learning_rates]
+        quarters.append(min(tried, key=lambda run: run.last_loss))
+
+    def whole(quarter: Run, seed: int) -> Run:
+        run = partial(train, arguments, quarter.contender, quarter.learning_rate, seed)
+        return run(steps=quarter.steps_in(arguments.seconds), points=POINTS)
+
+    runs = [whole(quarter, quarter.seed) for quarter in quarters]
+    _, best = min(zip(runs, quarters, strict=True), key=lambda pair: pair[0].last_loss)
+    return runs + [whole(best, seed) for seed in best.contender.seeds[1:]]
+
+
+def main() -> None:
+    arguments = cli.parse_flags(Arguments)
+    arguments = replace(arguments, device=str(use_device(arguments.device)))
+    gpt = arguments.gpt
+    check_whole("batch_size", arguments.batch_size, 1)
+    if not 0 < arguments.seconds < math.inf:
+        raise InputError(f"seconds must be above 0, not {arguments.seconds}")
+    contenders_named = arguments.optimizers or arguments.nanogpt
+    if not (contenders_named and arguments.learning_rates and arguments.seeds):
+        raise InputError("pass one or more of --optimizers, of --learning_rates and of --seeds")
+    if arguments.output_dir.exists():
+        raise InputError(f"{arguments.output_dir} is there already: pass another --output_dir")
+    meta = load_meta(arguments.data_dir, gpt.vocab_size)
+    tokens = load_tokens(arguments.data_dir, "validation", meta, gpt.context_length)
+
+    def score(model: nn.Module) -> float:
+        loss = exact_loss(model, tokens, meta["end_of_text"], arguments.batch_size)
+        return loss if math.isfinite(loss) else math.inf
+
+    contenders = [our_recipe(arguments, score, optimizer) for optimizer in arguments.optimizers]
+    if arguments.nanogpt:
+        contenders.append(nanogpt(arguments, score))
+    runs, picture = race(arguments, contenders), arguments.output_dir / "race.png"
+    size = f"{GPT(gpt).num_parameters() / 1e6:.1f}M parameters"
+    tokens_per_step = arguments.batch_size * gpt.context_length
+    draw(runs, f"{size}, {tokens_per_step:,} tokens a step, on {arguments.device}", picture)
+    print(table(runs, meta["splits"]["validation"]))
+    print(f"\nthe curves are in {picture}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
