@@ -19,7 +19,7 @@ demo: .venv/requirements
 app: .venv/requirements-app
 	test -f checkpoints/demo/StoryGPT_best.pt || $(MAKE) demo
 	rm -rf checkpoints/demo/published
-	$(BIN)/python upload_to_hf.py --repo_id you/StoryGPT-demo $(BEST) $(DEMO) \
+	$(BIN)/python upload_to_hf.py --repo_id you/StoryGPT-demo $(BEST) \
 		--gguf none --dry_run --output_dir checkpoints/demo/published
 	$(BIN)/python space/app.py --model checkpoints/demo/published --open
 

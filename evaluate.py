@@ -26,12 +26,14 @@ from storygpt.judging.measures import story_table
 from storygpt.judging.story_losses import logits_of, story_losses
 from storygpt.kernels import chunked_cross_entropy
 from storygpt.losses import exact_loss
+from storygpt.record import weights_sha256
 from storygpt.sources import BUILTIN
 from storygpt.token_files import (
     bits_per_byte,
     data_fingerprint,
     load_meta,
     load_tokens,
+    perplexity,
     split_stories,
 )
 
@@ -96,7 +98,7 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
     context_length = model.config.context_length
     tokens = load_tokens(arguments.data_dir, arguments.split, meta, context_length)
     loss = exact_loss(model, tokens, end_of_text, arguments.batch_size)
-    if not math.isfinite(loss):
+    if not math.isfinite(perplexity(loss)):
         raise InputError(f"the model's loss is {loss}: the weights are broken")
     nats = story_losses(
         logits_of(model),
@@ -111,7 +113,7 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
         "split": arguments.split,
         "tokens": counts["tokens"],
         "loss": round(loss, 6),
-        "perplexity": round(math.exp(loss), 6),
+        "perplexity": round(perplexity(loss), 6),
         "bits_per_byte": round(bits_per_byte(loss, counts), 6),
         "story_bits_per_byte": round(nats.sum() / math.log(2) / counts["bytes"], 6),
     }
@@ -147,7 +149,8 @@ def main() -> None:
     model, checkpoint = load_to_generate(arguments.checkpoint, use_device(arguments.device))
     meta = load_meta(arguments.data_dir, model.config.vocab_size)
     model.loss_function = chunked_cross_entropy
-    report = score(model, checkpoint, meta, arguments)
+    report = {"weights_sha256": weights_sha256(checkpoint["model_state_dict"])}
+    report |= score(model, checkpoint, meta, arguments)
     print(
         f"{arguments.checkpoint} (step {report['step']:,}) on {report['tokens']:,} "
         f"{arguments.split} tokens\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from config import check_whole
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, printable, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -22,11 +22,12 @@ from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 class Arguments:
     """Tell stories."""
 
-    prompt: str = "Once upon a time"
-    """How the story begins; "" leaves that to the model. One that begins with a dash:
-    --prompt=-Hello."""
+    prompt: str | None = None
+    """How the story begins: as most of the model's own stories do unless given; "" leaves that to
+    the model. One that begins with a dash: --prompt=-Hello."""
     checkpoint: Path = DEFAULT_CHECKPOINT
-    """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub."""
+    """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub: owner/name,
+    owner/name@revision or its address."""
     max_new_tokens: int = 200
     """Most tokens to add to the prompt."""
     temperature: float = 0.8
@@ -39,8 +40,8 @@ class Arguments:
     """Stories to tell, in one batch: those of seed, seed + 1 and so on."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights; auto is the fastest that the device has."""
     seed: int = 1337
     """The same seed tells the same story on the same device."""
     interactive: bool = False
@@ -53,34 +54,38 @@ def main() -> None:
     check_whole("num_samples", arguments.num_samples, 1, 10_000)
     check_whole("seed", arguments.seed, 0, 2**63 - 10_001)  # num_samples seeds follow
 
-    import torch
+    from storygpt.checkpoint import load_to_generate
+    from storygpt.device import pick_dtype, use_device
+    from storygpt.record import opening_of
 
-    from storygpt.checkpoint import load_model
-    from storygpt.device import use_device
-    from storygpt.kernels import pack_linears
-
-    model, _ = load_model(arguments.checkpoint, use_device(arguments.device))
-    model.to(getattr(torch, arguments.dtype))
-    pack_linears(model)  # for speed on a CPU
-    (converse if arguments.interactive else tell_aloud)(model, arguments)
+    device = use_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    model, checkpoint = load_to_generate(arguments.checkpoint, device, dtype)
+    if arguments.prompt is None:
+        arguments = replace(arguments, prompt=opening_of(checkpoint))
+    if arguments.interactive:
+        converse(model, arguments)
+    else:
+        tell_aloud(model, arguments)
 
 
 def converse(model, arguments: Arguments) -> None:
     """Tells a story for every line that is typed."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401, input() then has history and arrow keys
-    sys.stdin.reconfigure(errors="replace")
+    sys.stdin.reconfigure(errors="replace", newline=None)  # lines may end as on Windows
+    question = "> " if sys.stdin.isatty() else ""
     prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
     while True:
         try:
-            line = input("> ")
+            line = input(question)
             prompt, seed = (line, arguments.seed) if line else (prompt, untold)
             untold = seed + arguments.num_samples
             tell_aloud(model, replace(arguments, prompt=prompt, seed=seed))
         except KeyboardInterrupt:
             print()
         except EOFError:
-            return print()
+            return print() if question else None
 
 
 def tell_aloud(model, arguments: Arguments) -> None:
@@ -114,17 +119,22 @@ def tell_aloud(model, arguments: Arguments) -> None:
     )
     begun, told = time.perf_counter(), 0
     streams, texts = [TextStream(tokenizer) for _ in seeds], [[] for _ in seeds]
-    print(arguments.prompt, end="", flush=True)
+    show(arguments.prompt)
     for column in columns:
         for stream, text, token in zip(streams, texts, column[:, 0].tolist(), strict=True):
             told += not stream.ended
             text.append(stream.add([token]))  # a token may end inside a character
-        print(texts[0][-1], end="", flush=True)
-    print(streams[0].close())
+        show(texts[0][-1])
+    show(streams[0].close() + "\n")
     seconds = time.perf_counter() - begun
     for stream, text in list(zip(streams, texts, strict=True))[1:]:
-        print("\n" + "-" * 40 + "\n" + arguments.prompt + "".join(text) + stream.close())
+        show("\n" + "-" * 40 + "\n" + arguments.prompt + "".join(text) + stream.close() + "\n")
     hint(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s")
+
+
+def show(text: str) -> None:
+    """To stdout at once."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def hint(text: str) -> None:

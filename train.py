@@ -37,6 +37,7 @@ from storygpt.kernels import speed_up_training
 from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
+from storygpt.record import begin_record, origin_of
 from storygpt.run_folder import RunFolder, check_same_data, goes_on
 from storygpt.state import RunFacts, TrainState
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens
@@ -230,7 +231,7 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
         state.load(beginning.latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
-    facts = gather_facts(beginning, data=data, dtype=machine.dtype_name(dtype))
+    facts = gather_facts(beginning, meta=meta, dtype=machine.dtype_name(dtype))
     setting = Setting(
         arguments=arguments,
         processes=processes,
@@ -244,18 +245,17 @@ def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
     return setting, state
 
 
-def gather_facts(beginning: Beginning, data: str, dtype: str) -> RunFacts:
+def gather_facts(beginning: Beginning, meta: dict, dtype: str) -> RunFacts:
     """Returns what a new run will keep for good, or a resumed one has kept."""
     arguments, latest, start = beginning.arguments, beginning.latest, beginning.start
-    new_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
-    if not latest:
-        origin = start.origin if start else None
-        return RunFacts(data=data, dtype=dtype, run_id=new_id, init_from=origin)
-    if latest["dtype"] != dtype and beginning.processes.is_main:
-        print(f"this run was in {latest['dtype']} and goes on in {dtype}")
-    # A run keeps its id also where it goes on without its tracker for a while.
-    run_id, origin = latest.get("run_id") or new_id, latest.get("init_from")
-    return RunFacts(data=data, dtype=dtype, run_id=run_id, init_from=origin)
+    run_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
+    origin = start.origin if start else None
+    if latest:
+        if latest["dtype"] != dtype and beginning.processes.is_main:
+            print(f"this run was in {latest['dtype']} and goes on in {dtype}")
+        # A run keeps its id also where it goes on without its tracker for a while.
+        run_id, origin = latest.get("run_id") or run_id, origin_of(latest)
+    return RunFacts(record=begin_record(meta, origin), dtype=dtype, run_id=run_id)
 
 
 # --- The loop ---
@@ -269,7 +269,7 @@ def train(setting: Setting, state: TrainState) -> int:
     model = processes.wrap(compiled, setting.device)
     signals = cli.listen_for_signals(processes.launched)
     log = begin(setting, state) if processes.is_main else None
-    if setting.facts.init_from and state.step == 0:
+    if setting.facts.record["init_from"] and state.step == 0:
         evaluate_start(setting, state, compiled, log)
 
     pace = Pace(config, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
@@ -443,7 +443,7 @@ def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, log: L
     entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
     state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)
     if setting.processes.is_main:
-        entry["init_from"] = setting.facts.init_from
+        entry["init_from"] = setting.facts.record["init_from"]
         setting.folder.append(entry)
         save(setting, state, [BEST, LATEST])
         log.add(entry)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import json
 import math
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -21,15 +22,15 @@ from typing import Literal
 
 from config import InputError, check_whole
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
-from storygpt.files import EVALUATION, writing
-from storygpt.hub import find_token, is_hub_id, publish
-from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
+from storygpt.files import BEST, EVALUATION, PLOT, writing
+from storygpt.hub import Built, find_token, is_hub_id, publish
+from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta, perplexity
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
 ROOT = Path(__file__).resolve().parent
 CARD = ROOT / "docs" / "model_card.md"  # a text for readers, so it lies with those
-PUBLISHED = "checkpoints/StoryGPT_best.pt"  # what programs that load it with PyTorch alone expect
+PUBLISHED = f"checkpoints/{BEST}"  # what programs that load it with PyTorch alone expect
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Arguments:
     private: bool = False
     """Only you can see the repo."""
     checkpoint: Path = DEFAULT_CHECKPOINT
-    """A .pt file, or a folder or Hub id that this script made of one. The loss_plot.png beside the
-    file is published too, and the evaluation.json of `evaluate.py --output` becomes a table."""
-    data_dir: Path = Path("data")
-    """Folder of the data it was trained on: its meta.json goes into the model card."""
+    """A .pt file, or a folder or Hub id that this script made of one. The loss_plot.png beside it
+    is published too, and the evaluation.json of `evaluate.py --output` becomes a table."""
+    data_dir: Path | None = None
+    """The checkpoint knows its data. A folder passed here must hold the same."""
     language: str = "en"
     """Language of the stories, for the model card: its ISO 639 code."""
     license: str | None = None
@@ -56,7 +57,10 @@ class Arguments:
     gguf: Literal["f16", "f32", "none"] = "f16"
     """Precision of StoryGPT.gguf, the model for Ollama and llama.cpp; none leaves it out."""
     space: bool = False
-    """Also publish the page of space/ as the Space owner/name-space, which shows the model."""
+    """Also publish the page of space/ as the Space owner/name-space, which shows the model. It is
+    asked for on ZeroGPU (zero-a10g), which a personal account may have without a subscription."""
+    replace: bool = False
+    """Replace what others, or you by hand, have put there: another model, an edited card."""
     dry_run: bool = False
     """Build the folder in output_dir and stop: no token, no network."""
     output_dir: Path | None = None
@@ -73,48 +77,34 @@ def check(arguments: Arguments) -> None:
             f"{arguments.repo_id!r} is no name of a repo on the Hub: pass --repo_id owner/name, of "
             "letters, digits, '-', '_' and '.'"
         )
-    for name, valid, example in (
-        ("language", r"[a-z]{2,3}|code|multilingual", "two or three letters of ISO 639, as in en"),
-        ("license", r"[a-z0-9][a-z0-9.+-]*", "one such as mit, apache-2.0 or cc-by-4.0"),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and not re.fullmatch(valid, value):
-            raise InputError(f"{value!r} is no {name} of the Hub: pass --{name} with {example}")
+    space = space_of(arguments.repo_id)
+    if arguments.space and not is_hub_id(space):
+        raise InputError(
+            f"{space} is too long for a Space: pass a shorter --repo_id, or no --space"
+        )
     if arguments.dry_run and not arguments.output_dir:
         raise InputError("--dry_run needs a folder to build: pass --output_dir DIR")
 
 
-# --- The folder ---
+def space_of(repo_id: str) -> str:
+    """Returns the name of a model's Space."""
+    return f"{repo_id}-space"
 
 
-def hub_dataset(meta: dict) -> str | None:
-    """The data set's name where it came from the Hub, which alone has revisions; a path of this
-    machine, which may be spelled alike, stays private."""
-    return meta["dataset"] if meta.get("revision") else None
+# --- The model card ---
 
 
-def published(checkpoint: dict) -> dict:
-    """What of a checkpoint is for everybody: no optimizer's state, no path of this machine."""
-    from storygpt.checkpoint import KEYS
-
-    shown = {key: checkpoint[key] for key in KEYS}
-    if origin := checkpoint.get("init_from"):
-        shown["init_from"] = {k: v for k, v in origin.items() if k != "checkpoint" or is_hub_id(v)}
-    return shown
-
-
-def evaluation(checkpoint: dict, meta: dict) -> dict[str, tuple[str, float | int]]:
+def evaluation(record, context_length: int) -> dict[str, tuple[str, float | int]]:
     """(name, value) by metric type of all that is known of how good it is and what it cost."""
-    recipe, loss, step = (checkpoint[key] for key in ("training_config", "val_loss", "step"))
-    windows = recipe.batch_size * recipe.gradient_accumulation_steps * step
-    metrics = {
-        "loss": ("Validation loss (nats a token)", round(loss, 4)),
-        "perplexity": ("Validation perplexity", round(math.exp(loss), 3)),
-        "steps": ("Training steps", step),
-        "tokens": ("Training tokens", windows * checkpoint["gpt_config"].context_length),
-    }
-    if meta:
-        bits = bits_per_byte(loss, meta["splits"]["validation"])
+    recipe, loss = record.recipe, record.val_loss
+    windows = recipe["batch_size"] * recipe["gradient_accumulation_steps"] * record.step
+    metrics = {"loss": ("Validation loss (nats a token)", round(loss, 4))}
+    if math.isfinite(perplexity(loss)):
+        metrics["perplexity"] = ("Validation perplexity", round(perplexity(loss), 3))
+    metrics["steps"] = ("Training steps", record.step)
+    metrics["tokens"] = ("Training tokens", windows * context_length)
+    if record.data:
+        bits = bits_per_byte(loss, record.data.splits["validation"])
         metrics["bits_per_byte"] = ("Validation bits per byte", round(bits, 4))
     return metrics
 
@@ -130,103 +120,164 @@ def table(rows: Iterable[tuple]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def fill(template: str, **values) -> str:
-    """`template` with values for its $names; what follows `<!-- if name other -->` stays where
-    one of them is true, and what follows `<!-- if not name other -->` where none is."""
+def history(record) -> str:
+    """Says what the weights come from, as the card's first lines do."""
+    from storygpt.sources import BUILTIN
 
-    def kept(part: re.Match) -> str:
-        is_there = any(values[name] for name in part[2].split())
-        return part[3] if is_there != bool(part[1]) else ""
+    data, base = record.data, record.base_model
+    if not record.init_from:
+        start = "from scratch"
+    elif base:
+        start = f"from the weights of [{base}](https://huggingface.co/{base})"
+    else:
+        start = "from weights of another run"
+    if not data or not data.name:
+        stories = "a collection of stories that is not published here."
+    elif data.name in BUILTIN:
+        stories = "the stories built into StoryGPT, which a small grammar writes."
+    else:
+        subset = f" ({data.subset})" if data.subset else ""
+        stories = f"[{data.name}](https://huggingface.co/datasets/{data.name}){subset}.\n"
+        stories += f"The data set was at commit `{data.commit}`."
+    return f"It was trained\n{start} with StoryGPT on\n{stories}"
 
-    parts = r"<!-- if (not )?([\w ]+) -->\n(.*?)<!-- end -->\n"
-    return Template(re.sub(parts, kept, template, flags=re.DOTALL)).substitute(values)
+
+def in_llama_cpp(repo_id: str, prompt: str) -> str:
+    """Returns the card's section on StoryGPT.gguf."""
+    return f"""In Ollama or llama.cpp, from [StoryGPT.gguf](StoryGPT.gguf):
+
+```sh
+ollama run hf.co/{repo_id} {prompt}
+llama-cli -hf {repo_id} --single-turn -p {prompt}
+```"""
 
 
-def read_report(path: Path, step: int, data: str) -> dict:
-    """Reads what evaluate.py wrote of the weights of `step` and the data with that fingerprint.
+def how_stories_read(path: Path, record) -> str:
+    """Returns the card's table of what evaluate.py wrote to `path`, or nothing, saying why."""
+    from storygpt.judging.measures import story_table
 
-    Empty where it wrote nothing to `path`, or of others.
-    """
+    if not path.is_file():
+        return ""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return report if (report["step"], report["data"]) == (step, data) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        if report.get("weights_sha256") != record.weights_sha256:
+            raise InputError("of other weights")
+        if not record.data or report["data"] != record.data.fingerprint:
+            raise InputError("on other data")
+        if "columns" not in report:
+            raise InputError("without --num_stories")
+        title = (
+            f"{report['num_stories']} stories told at temperature {report['temperature']} from "
+            "nothing, and as many from the first\nsentences of held-out stories, beside those "
+            "held-out stories; measured in the same way, with 95 %\nintervals."
+        )
+        return f"### How its stories read\n\n{title}\n\n{story_table(report['columns'])}"
+    except InputError as reason:
+        print(f"{path} was measured {reason}: its table is left out")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        print(f"{path} is not as evaluate.py writes it: its table is left out")
+    return ""
 
 
-def model_card(arguments: Arguments, checkpoint: dict, meta: dict, model, beside: Path):
-    """The repo's README.md as a huggingface_hub ModelCard; `meta` may be empty."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+def card_data(arguments: Arguments, record, metrics: dict):
+    """Returns the head of the card, which programs read, as a huggingface_hub ModelCardData."""
+    from huggingface_hub import EvalResult, ModelCardData
 
-    from storygpt.generation import PROMPT, generate_stories
-    from storygpt.judging.measures import story_table
-    from storygpt.kernels import pack_linears
     from storygpt.sources import BUILTIN
-    from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
-    config, recipe, step = (checkpoint[k] for k in ("gpt_config", "training_config", "step"))
-    dataset, name = hub_dataset(meta), arguments.repo_id.split("/")[1]
-    base = checkpoint.get("init_from", {}).get("checkpoint")
-    metrics = evaluation(checkpoint, meta)
-    of_dataset = dict.fromkeys(("dataset_type", "dataset_name"), dataset or "stories")
-    of_dataset |= {"task_type": "text-generation", "dataset_split": "validation"}
-    if dataset:
-        of_dataset["dataset_config"] = meta.get("subset")
-        of_dataset["dataset_revision"] = meta.get("revision")
-    data = ModelCardData(
+    data, measured_on = record.data, {"dataset_type": "stories", "dataset_name": "stories"}
+    on_the_hub = bool(data and data.name and data.name not in BUILTIN)
+    if on_the_hub:
+        measured_on = dict.fromkeys(measured_on, data.name)
+        measured_on |= {"dataset_config": data.subset, "dataset_revision": data.commit}
+    return ModelCardData(
         language=arguments.language,
         license=arguments.license,
-        base_model=base,
+        base_model=record.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "storygpt"],
-        datasets=[dataset] if dataset else None,
-        model_name=name,
+        datasets=[data.name] if on_the_hub else None,
+        model_name=arguments.repo_id.split("/")[1],
         eval_results=[
-            EvalResult(metric_type=kind, metric_name=title, metric_value=value, **of_dataset)
+            EvalResult(
+                task_type="text-generation",
+                dataset_split="validation",
+                metric_type=kind,
+                metric_name=title,
+                metric_value=value,
+                **measured_on,
+            )
             for kind, (title, value) in metrics.items()
         ],
     )
-    seeds = range(arguments.seed, arguments.seed + 3)
-    pack_linears(model)  # as generate.py does
-    told = zip(seeds, generate_stories(model, PROMPT, seeds), strict=True)
-    report = read_report(beside / EVALUATION, step, meta and data_fingerprint(meta))
-    counts = meta["splits"]["train"] if meta else {"stories": 0, "tokens": 0}
-    body = fill(
-        CARD.read_text(encoding="utf-8"),
-        name=name,
-        repo_id=arguments.repo_id,
-        prompt=PROMPT,
+
+
+def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Path):
+    """Returns the repo's README.md as a huggingface_hub ModelCard.
+
+    `beside`: the folder whose loss plot and evaluation are the checkpoint's.
+    """
+    from huggingface_hub import ModelCard
+
+    from storygpt.generation import generate_stories
+    from storygpt.record import opening_of
+    from storygpt.tokenizer import GPT2_VOCAB_SIZE
+
+    config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
+    metrics = evaluation(record, config.context_length)
+    prompt, seeds = opening_of(checkpoint), range(arguments.seed, arguments.seed + 3)
+    shell_prompt = shlex.quote(prompt)
+    told = zip(seeds, generate_stories(model, prompt, seeds), strict=True)
+    imports = ["import torch", "from huggingface_hub import hf_hub_download"]
+    if config.vocab_size == GPT2_VOCAB_SIZE:
+        imports, tokenizer = ["import tiktoken", *imports], 'tiktoken.get_encoding("gpt2")'
+    else:  # tiktoken has no other
+        imports, tokenizer = (
+            [*imports, "from transformers import AutoTokenizer"],
+            f'AutoTokenizer.from_pretrained("{repo_id}")',
+        )
+    train = record.data and record.data.splits["train"]
+    body = Template(CARD.read_text(encoding="utf-8")).substitute(
+        name=repo_id.split("/")[1],
+        repo_id=repo_id,
+        history=history(record),
+        parameters=f"{record.parameters:,}",
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        shell_prompt=shell_prompt,
         seed=arguments.seed,
-        parameters=f"{model.num_parameters():,}",
-        scratch="init_from" not in checkpoint,
-        base=base,
-        gguf=arguments.gguf != "none",
-        dataset=dataset,
-        commit=meta.get("revision"),
-        builtin=meta.get("dataset") in BUILTIN,
-        whole_vocabulary=config.vocab_size == GPT2_VOCAB_SIZE,  # tiktoken has no other
+        in_llama_cpp=in_llama_cpp(repo_id, shell_prompt) if arguments.gguf != "none" else "",
+        imports="\n".join(imports),
+        tokenizer=f"tokenizer = {tokenizer}",
         stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
-        reading=story_table(report["columns"]) if "columns" in report else "",
-        num_judged=report.get("num_stories"),
-        temperature=report.get("temperature"),
-        windows=f"{recipe.eval_windows:,}",
+        windows=f"{recipe['eval_windows']:,}",
         context_length=config.context_length,
-        meta=meta,
-        num_stories=f"{counts['stories']:,}",
-        num_tokens=f"{counts['tokens']:,}",
-        plot=(beside / "loss_plot.png").is_file(),
-        settings=table((asdict(config) | asdict(recipe)).items()),
+        about_bits="Bits per byte compare models of different vocabularies." if train else "",
+        plot=f"![Loss over training]({PLOT})" if (beside / PLOT).is_file() else "",
+        reading=how_stories_read(beside / EVALUATION, record),
+        counts=f"The training split has {train['stories']:,} stories of {train['tokens']:,} tokens."
+        if train
+        else "",
+        settings=table((asdict(config) | recipe).items()),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    body = re.sub(r"\n{3,}", "\n\n", body)  # where something is left out
+    head = card_data(arguments, record, metrics).to_yaml()
+    return ModelCard(f"---\n{head}\n---\n\n{body}")
 
 
-def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict, meta: dict) -> None:
+# --- The folder ---
+
+
+def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict) -> None:
     """Fills the empty `folder` with all files of the model repo."""
-    from storygpt.checkpoint import save_checkpoint
-    from storygpt.formats import write_folder, write_gguf
+    from storygpt.checkpoint import KEYS, save_checkpoint
+    from storygpt.formats import write_folder
+    from storygpt.gguf import write_gguf
+    from storygpt.record import record_of
 
+    record = record_of(checkpoint).public()
+    checkpoint = {key: checkpoint[key] for key in KEYS} | {"record": record.begun()}
     for name in ("model.py", "config.py"):
         shutil.copyfile(ROOT / name, folder / name)
     (folder / PUBLISHED).parent.mkdir()
@@ -236,9 +287,10 @@ def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict, me
         name = arguments.repo_id.split("/")[1]
         write_gguf(folder / "StoryGPT.gguf", checkpoint, name, arguments.gguf)
     beside = arguments.checkpoint.parent if arguments.checkpoint.is_file() else arguments.checkpoint
-    if (beside / "loss_plot.png").is_file():
-        shutil.copyfile(beside / "loss_plot.png", folder / "loss_plot.png")
-    model_card(arguments, checkpoint, meta, model, beside).save(folder / "README.md")
+    if (beside / PLOT).is_file():
+        shutil.copyfile(beside / PLOT, folder / PLOT)
+    card = model_card(arguments, checkpoint, record=record, model=model, beside=beside)
+    card.save(folder / "README.md")
 
 
 def build_space(folder: Path, repo_id: str) -> None:
@@ -266,42 +318,60 @@ def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
         return tempfile.TemporaryDirectory(prefix=".", dir=output_dir.parent)
 
 
+def check_data(arguments: Arguments, checkpoint: dict) -> None:
+    """Raises InputError where --data_dir holds other data than a checkpoint was trained on; says
+    what the card lacks where the checkpoint does not know that."""
+    from storygpt.record import fingerprint_of
+
+    known, data_dir = fingerprint_of(checkpoint), arguments.data_dir
+    if "record" not in checkpoint or not checkpoint["record"]["data"]:
+        print(
+            f"{arguments.checkpoint} is of an older version, and does not know its data: the card "
+            "names no data set, no counts and no bits per byte"
+        )
+    vocab_size = checkpoint["gpt_config"].vocab_size
+    if known and data_dir and data_fingerprint(load_meta(data_dir, vocab_size)) != known:
+        raise InputError(
+            f"{data_dir} does not hold the data that {arguments.checkpoint} was trained on: leave "
+            "out --data_dir, which is not needed"
+        )
+
+
 def main() -> None:
     arguments = parse_flags(Arguments)
     check(arguments)
     output_dir = arguments.output_dir and arguments.output_dir.resolve()
 
-    from storygpt.checkpoint import load_model
+    from storygpt.checkpoint import load_to_generate
 
-    data_dir, (model, checkpoint) = arguments.data_dir, load_model(arguments.checkpoint)
+    model, checkpoint = load_to_generate(arguments.checkpoint)
     if not ("training_config" in checkpoint and math.isfinite(checkpoint["val_loss"])):
         raise InputError(
             f"{arguments.checkpoint} was never evaluated by train.py: train on to the next "
             "evaluation, or start from it with --init_from"
         )
-    checkpoint, meta = published(checkpoint), {}
-    if (data_dir / "meta.json").is_file():
-        meta = load_meta(data_dir, checkpoint["gpt_config"].vocab_size)
-    else:
-        print(f"no meta.json in {data_dir} (--data_dir): no data set, no bits per byte on the card")
+    check_data(arguments, checkpoint)
     token = None if arguments.dry_run else find_token(arguments.token)
     space_dir = Path(f"{output_dir}-space") if output_dir and arguments.space else None
     with scratch_folder(output_dir) as scratch, scratch_folder(space_dir) as space_scratch:
         folder, space = Path(scratch) / "repo", Path(space_scratch) / "repo"
         folder.mkdir()
         print("building the model repo, and telling three stories for its card")
-        build_folder(folder, arguments, model, checkpoint, meta)
-        repos = [("model", arguments.repo_id, folder, output_dir)]
+        build_folder(folder, arguments, model, checkpoint)
+        folder = folder.replace(output_dir) if output_dir else folder
+        repos = [Built(folder, arguments.repo_id, "model")]
         if arguments.space:
             build_space(space, arguments.repo_id)
-            repos.append(("space", f"{arguments.repo_id}-space", space, space_dir))
-        for kind, repo_id, built, place in repos:
-            folder = built.replace(place) if place else built
-            if arguments.dry_run:
-                print(f"built in {folder}; publish it without --dry_run")
-            else:
-                url, changed = publish(folder, repo_id, token, arguments.private, kind)
-                print(f"{'published:' if changed else 'nothing changed:'} {url}")
+            space = space.replace(space_dir) if space_dir else space
+            repos.append(Built(space, space_of(arguments.repo_id), "space"))
+        if arguments.dry_run:
+            for repo in repos:
+                print(f"built in {repo.folder}; publish it without --dry_run")
+            return
+        for done in publish(repos, token, private=arguments.private, replace=arguments.replace):
+            print(f"{'published:' if done.changed else 'nothing changed:'} {done.url}")
+            if done.kept_card:
+                print("its README.md was edited there, and is kept")
     if arguments.space and arguments.private:
         print(f"to read {arguments.repo_id} the Space needs a secret HF_TOKEN, in its settings")
 

@@ -24,6 +24,7 @@ from config import MAY_CHANGE, InputError
 from storygpt.checkpoint import build_model, load_checkpoint
 from storygpt.files import BEST, FINAL, LATEST, METRICS, save_figure
 from storygpt.metrics import parse_metrics
+from storygpt.record import fingerprint_of
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
 
@@ -84,7 +85,7 @@ def read_run(folder: Path) -> Run:
         name=str(folder),
         settings={name: value for name, value in settings.items() if name not in MAY_CHANGE},
         parameters=build_model(checkpoint, folder / names[0]).num_parameters(),
-        data=checkpoint.get("data"),
+        data=fingerprint_of(checkpoint),
         step=steps[evaluated],
         tokens=tokens[evaluated],
         seconds=(tokens / steps / speeds).cumsum()[evaluated],

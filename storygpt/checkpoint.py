@@ -4,7 +4,7 @@ A checkpoint is a .pt file, or a published model: a folder or a Hub repo with `c
 `model.safetensors` in the layout of transformers' GPT-2 (see formats.py).
 """
 
-import hashlib
+import re
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +20,7 @@ from storygpt.files import write_atomically
 from storygpt.formats import read_folder, reading, rebuild
 from storygpt.hub import download_model, is_hub_id
 from storygpt.kernels import pack_linears
+from storygpt.record import read_begun, weights_sha256
 
 KEYS = {
     "gpt_config": GPTConfig,
@@ -28,6 +29,8 @@ KEYS = {
     "step": int,
     "val_loss": float,
 }
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -60,6 +63,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
     for key in ("gpt_config", "training_config"):  # unpickling does not call __post_init__
         checkpoint[key] = rebuild(key, vars(checkpoint[key]), path)
+    with reading(path):
+        read_begun(checkpoint.get("record"))
     return checkpoint
 
 
@@ -88,6 +93,27 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
             )
 
 
+class HubModel(NamedTuple):
+    """A model on the Hub."""
+
+    name: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def on_the_hub(path: Path) -> HubModel | None:
+    """Returns the model that a path means, if it is none here: owner/name, owner/name@revision, or
+    the address of its page (in which a Path has one slash for two)."""
+    page = r"https?:/+(?:huggingface\.co|hf\.co)/([^/@]+/[^/@]+)(?:/(?:tree|blob)/([^/]+).*)?"
+    short = r"([^/@]+/[^/@]+)(?:@([^/]+))?"
+    found = re.fullmatch(page, path.as_posix()) or re.fullmatch(short, path.as_posix())
+    if not found or path.suffix == ".pt" or path.exists() or not is_hub_id(found[1]):
+        return None
+    return HubModel(name=found[1], revision=found[2])
+
+
 class SkipInit(TorchFunctionMode):
     """Draws no weights: on the meta device that would import torch's compiler, for seconds."""
 
@@ -109,21 +135,19 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
     return model.to(device).eval()
 
 
-def is_on_the_hub(path: Path) -> bool:
-    """Whether what is not here could be there."""
-    return path.suffix != ".pt" and not path.exists() and is_hub_id(path.as_posix())
-
-
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
-    """The model of a .pt file, a published model's folder or a Hub id, and the checkpoint itself.
+    """The model of a .pt file, of a published model's folder or the weights in it, or on the Hub,
+    and the checkpoint itself.
 
     Raises InputError as `load_checkpoint`, `read_folder`, `download_model` and `build_model` do.
     """
     path = Path(path)
     if path.is_dir():
         checkpoint = read_folder(path)
-    elif is_on_the_hub(path):
-        checkpoint = read_folder(download_model(path.as_posix()))
+    elif path.name in WEIGHTS and path.is_file():
+        checkpoint = read_folder(path.parent)
+    elif there := on_the_hub(path):
+        checkpoint = read_folder(download_model(there.name, there.revision))
     else:
         checkpoint = load_checkpoint(path)
     return build_model(checkpoint, path, device), checkpoint
@@ -147,25 +171,22 @@ class Start(NamedTuple):
     weights: dict
     """A `model_state_dict`."""
     origin: dict[str, str]
-    """What metrics, card and later checkpoints remember as "init_from": {"checkpoint": the Hub id
-    or the local path made absolute, "sha256": of all weights, by sorted name}. The same weights
-    have the same sum in a .pt file, a folder and on the Hub."""
+    """What metrics and record remember as "init_from": {"checkpoint": the Hub id or the local path
+    made absolute, "sha256": `weights_sha256`}."""
 
 
 def load_start(path: Path) -> Start:
     """Reads a model to start from. Raises InputError as `load_model` does."""
     path = Path(path)
-    if not (path.exists() or is_on_the_hub(path)):
+    there = on_the_hub(path)
+    if not (path.exists() or there):
         raise InputError(
             f"there is no {path} to start from: pass --init_from with a .pt file, a folder, or a "
             "Hub id, owner and name, as in openai-community/gpt2"
         )
     model, _ = load_model(path)
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
-    name = str(path.resolve()) if path.exists() else path.as_posix()
-    origin = {"checkpoint": name, "sha256": digest.hexdigest()}
+    name = str(there or path.resolve())
+    origin = {"checkpoint": name, "sha256": weights_sha256(model.state_dict())}
     return Start(config=model.config, weights=model.state_dict(), origin=origin)
 
 

@@ -11,6 +11,7 @@ it. So a script that is run (not one that is imported) begins with these lines, 
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -77,6 +78,11 @@ def shorten(text: str, most: int = 200) -> str:
 def one_line(error: Exception) -> str:
     """Returns what an exception says, on one line and shortened; its kind where it says nothing."""
     return shorten(" ".join(str(error).split())) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Returns text without the characters by which it could give orders to a terminal."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def command_line(script: str, launcher: str = "python", **flags) -> str:

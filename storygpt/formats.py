@@ -1,17 +1,17 @@
-"""The same weights as others keep them: transformers' GPT-2, its tokenizer's files, and GGUF.
+"""The same weights as others keep them: transformers' GPT-2 and its tokenizer's files.
 
 Any GPT-2 in transformers' layout is read, whoever trained it; what ours is written as says nothing
 that a plain GPT-2 would not, but for one entry `storygpt` in config.json.
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from config import GPTConfig, InputError, TrainingConfig
 from storygpt.files import refuse_pointers
 from storygpt.generation import DEFAULTS
+from storygpt.record import from_dict, record_of, weights_sha256
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
@@ -172,36 +173,40 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def read_folder(folder: Path) -> dict:
     """A folder in transformers' GPT-2 layout as a checkpoint: gpt_config, model_state_dict
-    (float32), step and val_loss (0 and infinity where it does not say), and where StoryGPT wrote
-    it training_config and init_from.
+    (float32), step and val_loss (0 and infinity where they are not known), and where StoryGPT wrote
+    it, and nobody has changed its weights since, training_config and record.
 
     Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
     """
     config, ours = read_config(folder)
     check_tokenizer(folder, config.vocab_size)
     tensors = read_tensors(folder)
-    known = {}
-    with reading(folder / "config.json"):
-        step, val_loss = int(ours.get("step", 0)), float(ours.get("val_loss", "inf"))
-        if recipe := ours.get("training_config"):
-            known["training_config"] = rebuild("training_config", recipe, folder / "config.json")
-        if origin := ours.get("init_from"):
-            known["init_from"] = {key: str(value) for key, value in origin.items()}
     try:
-        state_dict = from_transformers(tensors, config)
+        state_dict = from_transformers(tensors, config.vocab_size)
     except ValueError as error:
         raise InputError(f"{folder} has {error}, which StoryGPT's model does not") from error
-    return {
-        "gpt_config": config,
-        "model_state_dict": state_dict,
-        "step": step,
-        "val_loss": val_loss,
-        **known,
+    biases = [name for name in state_dict if name.endswith("bias")]
+    if config.bias or any(state_dict[name].any() for name in biases):
+        config = replace(config, bias=True)  # others also train those that were zeros
+    else:
+        for name in biases:
+            del state_dict[name]
+    checkpoint = {"gpt_config": config, "model_state_dict": state_dict}
+    with reading(folder / "config.json"):
+        record = from_dict(ours["record"]) if "record" in ours else None
+    if not record or record.weights_sha256 != weights_sha256(state_dict):
+        return checkpoint | {"step": 0, "val_loss": math.inf}
+    recipe = rebuild("training_config", record.recipe, folder / "config.json")
+    return checkpoint | {
+        "training_config": recipe,
+        "step": record.step,
+        "val_loss": record.val_loss,
+        "record": record.begun(),
     }
 
 
-def from_transformers(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """transformers' GPT-2, whole or without its head, as a float32 `model_state_dict`.
+def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with biases.
 
     Its linear layers are (in, out). Raises ValueError where its head is not its embedding.
     """
@@ -210,15 +215,13 @@ def from_transformers(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             continue  # the causal mask, which old versions stored
-        if name.endswith("bias") and not config.bias:
-            continue  # zeros
         weight = weight.T if ".c_" in name and weight.dim() == 2 else weight
         state_dict[name] = weight.float().contiguous()
     if "wte.weight" in state_dict:
         head = state_dict.get("lm_head.weight", state_dict["wte.weight"])
         if not torch.equal(head, state_dict["wte.weight"]):
             raise ValueError("a head that is not its embedding")
-        state_dict["wte.weight"] = state_dict["wte.weight"][: config.vocab_size]
+        state_dict["wte.weight"] = state_dict["wte.weight"][:vocab_size]
         state_dict["lm_head.weight"] = state_dict["wte.weight"]
     return state_dict
 
@@ -242,13 +245,13 @@ def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
 
-    Its linear layers are (in, out), its biases always exist, and the tied head is not stored.
+    Its linear layers are (in, out), its biases always exist, and the tied head is not stored. The
+    names are those of GPT-2's own file, without `transformer.`, which not every program reads.
     """
     return {
-        f"transformer.{name}": (weight.T if ".c_" in name and weight.dim() == 2 else weight)
-        .contiguous()
+        name: (weight.T if ".c_" in name and weight.dim() == 2 else weight).contiguous()
         for name, weight in with_biases(state_dict).items()
-    }  # fmt: skip
+    }
 
 
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
@@ -297,8 +300,6 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **tokens,
-        # text that spells <|endoftext|> stays text, as in training
-        "split_special_tokens": True,
         "added_tokens_decoder": {str(vocab_size - 1): special},
     }
     return {
@@ -312,10 +313,8 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
 
 def config_files(checkpoint: dict) -> dict[str, str]:
     """The text of config.json and generation_config.json of transformers' GPT-2; the former also
-    has all that is known of the run, so that what `read_folder` makes of it is a checkpoint."""
+    has the record, so that what `read_folder` makes of it is a checkpoint."""
     config = checkpoint["gpt_config"]
-    known = {key: checkpoint[key] for key in ("step", "val_loss", "init_from") if key in checkpoint}
-    known |= {"training_config": asdict(checkpoint["training_config"])}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
     shape = {
         "architectures": ["GPT2LMHeadModel"],
@@ -334,7 +333,7 @@ def config_files(checkpoint: dict) -> dict[str, str]:
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
         # what a GPT-2 config has no field for, and a checkpoint has
-        "storygpt": {"bias": config.bias} | known,
+        "storygpt": {"bias": config.bias, "record": asdict(record_of(checkpoint).public())},
     }
     sampling = {"do_sample": True, "temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k}
     generation = ids | sampling | {"max_length": config.context_length}
@@ -347,54 +346,12 @@ def to_json(content: dict) -> str:
 
 def write_folder(folder: Path, checkpoint: dict) -> None:
     """Writes a model for transformers into `folder`: weights, configuration and tokenizer."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = checkpoint["gpt_config"]
     tensors = to_transformers(checkpoint["model_state_dict"])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # not save_file, whose files nobody else may read
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     files = tokenizer_files(config.vocab_size, config.context_length)
     for name, text in (files | config_files(checkpoint)).items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def write_gguf(path: Path, checkpoint: dict, name: str, dtype: Literal["f16", "f32"]) -> None:
-    """Writes the model and its tokenizer as one file for llama.cpp and what is built on it.
-
-    Matrices are of `dtype`; positions, norms and biases stay float32, as llama.cpp wants them.
-    """
-    import gguf
-
-    config = checkpoint["gpt_config"]
-    vocab, merges = vocabulary(config.vocab_size)
-    end_of_text = config.vocab_size - 1
-    types = [gguf.TokenType.NORMAL] * end_of_text + [gguf.TokenType.CONTROL]
-    file_types = {"f16": gguf.LlamaFileType.MOSTLY_F16, "f32": gguf.LlamaFileType.ALL_F32}
-
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
-    writer.add_name(name)
-    writer.add_file_type(file_types[dtype])
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(vocab, key=vocab.get))
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(end_of_text)
-    writer.add_eos_token_id(end_of_text)
-    writer.add_add_bos_token(False)  # a prompt is told on as it stands, as generate.py does
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    for ours, weight in with_biases(checkpoint["model_state_dict"]).items():
-        is_matrix = weight.dim() == 2 and ours != "wpe.weight"
-        theirs = names.get_name(f"transformer.{ours}", try_suffixes=(".weight", ".bias"))
-        data = weight.half() if dtype == "f16" and is_matrix else weight
-        writer.add_tensor(theirs, data.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

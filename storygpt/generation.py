@@ -10,7 +10,6 @@ import torch
 from model import GPT
 from storygpt.tokenizer import load_tokenizer, story_text
 
-PROMPT = "Once upon a time"
 AT_ONCE = 100  # stories in one batch of `generate_ids`
 
 

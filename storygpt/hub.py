@@ -1,10 +1,14 @@
 """The Hugging Face Hub: all that is said to it, and what it means when it refuses."""
 
+import glob
+import hashlib
 import json
+import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +19,6 @@ from storygpt.cli import one_line, shorten
 REFUSALS = {
     401: "the Hub does not know this token, or no such repo: log in with `hf auth login`, or make "
     "a token at https://huggingface.co/settings/tokens",
-    402: "the account's storage or credits are used up: see https://huggingface.co/settings/billing",
     403: "the token may not do that: give it permission at https://huggingface.co/settings/tokens",
     404: "there is no such repo, or the token cannot see it: check the name and the token",
     409: "the repo is being changed: run the same command again",
@@ -73,7 +76,7 @@ def explain(error: Exception) -> str:
         if isinstance(error, errors.GatedRepoError):
             means = "ask for access on its page on the Hub, and log in with `hf auth login`"
         elif isinstance(error, errors.RevisionNotFoundError):
-            means = "there is no such revision: check --revision"
+            means = "there is no such revision: check its name"
         elif isinstance(error, errors.DisabledRepoError):
             means = said
         elif status >= 500:
@@ -164,6 +167,8 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
         def __init__(self, *arguments, **keywords):
             super().__init__(*arguments, **keywords | {"disable": True})
 
+    # a README.md that is not there is no reason for a word
+    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
     said = None
     if not offline and not COMMIT.fullmatch(revision or ""):
         said = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha
@@ -253,14 +258,14 @@ def other_form(name: str) -> str:
     return "download it, make a .jsonl of its stories, and pass that with --dataset"
 
 
-def download_model(name: str) -> Path:
+def download_model(name: str, revision: str | None = None) -> Path:
     """Returns the local folder with a Hub model's weights, configuration and tokenizer.
 
     Raises InputError.
     """
     from huggingface_hub.utils import filter_repo_objects
 
-    repo = open_repo(name, "model")
+    repo = open_repo(name, "model", revision)
     if "config.json" not in repo.files:
         raise InputError(f"{name} is no model that this reads: it has no config.json")
     files = list(filter_repo_objects(repo.files, allow_patterns=MODEL_FILES))
@@ -273,55 +278,188 @@ def download_model(name: str) -> Path:
     return fetch(repo, "config.json").parent
 
 
-# --- Uploads ---
+# --- Publishing ---
+
+SPACE_HARDWARE = "zero-a10g"  # the one that a personal account may have without a subscription
+SPACE_TERMS = (
+    "A personal account may have two Spaces on ZeroGPU, once it is 30 days old and its address is "
+    "confirmed: leave out --space, and show the page with `python space/app.py --model ID`"
+)
+
+# A file of a model, whoever made it.
+OF_A_MODEL = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|jinja)|.*(config|index|_map|_tokens)\.json|"
+    r"(tokenizer|vocab|merges)\..*"
+)
 
 
-def publish(
-    folder: Path, repo_id: str, token: str, private: bool, kind: str = "model"
-) -> tuple[str, bool]:
-    """Sends `folder`, which has a README.md, as one commit to a repo, made if need be.
+class Built(NamedTuple):
+    """A folder with a README.md, to be sent to a repo."""
 
-    `kind` is model, or space for one of Gradio. Returns the repo's address, and whether anything
-    was new to it. Raises InputError.
+    folder: Path
+    repo_id: str
+    kind: Literal["model", "space"]
+
+    @property
+    def commit_title(self) -> str:
+        """Returns the title by which a file is known as ours ever after."""
+        return f"Upload StoryGPT's {self.kind}"
+
+
+class Plan(NamedTuple):
+    """What sending a folder does to its repo."""
+
+    before: str
+    """The commit that the repo is at."""
+    same_weights: bool
+    """Whether it holds the weights that are to be sent."""
+    keep_card: bool
+    """Whether its README.md was edited there, and is left as it is."""
+    delete: list[str]
+
+
+class Published(NamedTuple):
+    """What became of a folder."""
+
+    url: str
+    changed: bool
+    """Whether anything was new to the repo."""
+    kept_card: bool
+
+
+def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
+    """Sends each folder as one commit to its repo, made if need be, once all of them may be sent.
+
+    What an earlier commit of ours put there, and the folder lacks, is deleted. What others have put
+    there is touched with `replace` alone: without it a README.md edited there is kept where the
+    weights, those of the first of `repos`, are the same, and all else that is in the way is an
+    InputError.
     """
-    from huggingface_hub import HfApi, RepoCard
+    from huggingface_hub import HfApi
 
-    api, card = HfApi(token=token), RepoCard.load(folder / "README.md")
+    api, plans, published = HfApi(token=token), [], []
     if not api.endpoint.startswith(("https://", "http://")):
         raise InputError(f"HF_ENDPOINT {api.endpoint} is no address: begin it with https://")
+    for repo in repos:
+        with failures_explained(repo, token):
+            check_card(repo)
+            commit, there = open_remote(api, repo, private)
+        same_weights = plans[0].same_weights if plans else None
+        plans.append(make_plan(repo, commit, there, same_weights=same_weights, replace=replace))
+    for repo, plan in zip(repos, plans, strict=True):
+        with failures_explained(repo, token):
+            published.append(send(api, repo, plan))
+    return published
 
-    def open_repo():
-        sdk = "gradio" if kind == "space" else None
-        api.create_repo(
-            repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk
-        )
-        return api.repo_info(repo_id, repo_type=kind)
 
-    def upload():
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type=kind,
-            folder_path=folder,
-            commit_message=f"Upload StoryGPT's {kind}",
-        )
-
+@contextmanager
+def failures_explained(repo: Built, token: str) -> Iterator[None]:
+    """Says in one sentence, an InputError, why a repo could not be published."""
     try:
-        try:
-            retry(lambda: card.validate(repo_type=kind))
-        except ValueError as error:  # with the server's JSON
-            messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
-            reasons = "; ".join(map(json.loads, messages)) or str(error)
-            raise InputError(f"the Hub refuses the {kind} card: {reasons}") from error
-        before = retry(open_repo)
-        if private and not before.private:
-            raise InputError(
-                f"{repo_id} exists and is public: make it private in its settings on the Hub, "
-                "leave out --private, or pass another --repo_id"
-            )
-        place = f"spaces/{repo_id}" if kind == "space" else repo_id
-        return f"{api.endpoint}/{place}", retry(upload).oid != before.sha
+        yield
     except InputError:
         raise
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         why = explain(error).replace(token, "…")
-        raise InputError(f"{repo_id} was not published {why}") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if repo.kind == "space" and status in (402, 403):
+            why = f"{why.rstrip('.')}. {SPACE_TERMS}"
+        raise InputError(f"{repo.repo_id} was not published {why}") from None
+
+
+def check_card(repo: Built) -> None:
+    """Raises InputError where the Hub refuses what a README.md says at its head."""
+    from huggingface_hub import RepoCard
+
+    card = RepoCard.load(repo.folder / "README.md")
+    try:
+        retry(lambda: card.validate(repo_type=repo.kind))
+    except ValueError as error:  # with the server's JSON
+        messages = re.findall(r'"message": *("(?:[^"\\]|\\.)*")', str(error))
+        reasons = "; ".join(map(json.loads, messages)) or str(error)
+        raise InputError(f"the Hub refuses the {repo.kind} card: {reasons}") from error
+
+
+def open_remote(api, repo: Built, private: bool) -> tuple[str, dict]:
+    """Makes a repo if there is none; returns its commit, and its files by path as
+    huggingface_hub's RepoFile with the last commit of each.
+
+    Raises InputError where it is public and was not to be.
+    """
+    from huggingface_hub import RepoFile
+
+    def open_it():
+        api.create_repo(
+            repo.repo_id,
+            repo_type=repo.kind,
+            private=private or None,
+            exist_ok=True,
+            space_sdk="gradio" if repo.kind == "space" else None,
+            space_hardware=SPACE_HARDWARE if repo.kind == "space" else None,
+        )
+        tree = api.list_repo_tree(repo.repo_id, repo_type=repo.kind, recursive=True, expand=True)
+        return list(tree), api.repo_info(repo.repo_id, repo_type=repo.kind)
+
+    entries, info = retry(open_it)
+    if private and not info.private:
+        raise InputError(
+            f"{repo.repo_id} exists and is public: make it private in its settings on the Hub, "
+            "leave out --private, or pass another --repo_id"
+        )
+    return info.sha, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def make_plan(
+    repo: Built, commit: str, there: dict, same_weights: bool | None, replace: bool
+) -> Plan:
+    """Returns what sending a folder does to a repo that is at `commit` and holds the files `there`.
+
+    With `same_weights` None they are looked for. Raises InputError where what others have put there
+    is in the way.
+    """
+    if same_weights is None:
+        weights = there.get("model.safetensors")
+        known = weights and weights.lfs and weights.lfs.sha256
+        same_weights = known == file_sha256(repo.folder / "model.safetensors")
+    sent = {p.relative_to(repo.folder).as_posix() for p in repo.folder.rglob("*") if p.is_file()}
+    titles = {path: entry.last_commit.title for path, entry in there.items()}
+    if titles.get("README.md") == "initial commit":  # the Hub's own words, and nobody's
+        del titles["README.md"]
+    ours = {path for path, title in titles.items() if title == repo.commit_title}
+    theirs = {path for path in titles.keys() - ours if path in sent}
+    if not ours:  # a repo of theirs: what lies beside our files would be taken for part of them
+        theirs |= {path for path in titles if OF_A_MODEL.fullmatch(path)}
+    keep_card = "README.md" in theirs and same_weights and not replace
+    in_the_way = theirs - {"README.md"} if keep_card else theirs
+    if in_the_way and not replace:
+        raise InputError(
+            f"{repo.repo_id} holds what others, or you by hand, have put there "
+            f"({', '.join(sorted(in_the_way)[:5])}): pass another --repo_id, or --replace to put "
+            "this in its place"
+        )
+    gone = sorted((ours | in_the_way) - sent - {".gitattributes"})
+    return Plan(before=commit, same_weights=same_weights, keep_card=keep_card, delete=gone)
+
+
+def file_sha256(path: Path) -> str:
+    """Returns a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def send(api, repo: Built, plan: Plan) -> Published:
+    """Makes the one commit."""
+
+    def upload():
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            repo_type=repo.kind,
+            folder_path=repo.folder,
+            ignore_patterns="README.md" if plan.keep_card else None,
+            delete_patterns=[glob.escape(path) for path in plan.delete] or None,
+            commit_message=repo.commit_title,
+        )
+
+    place = f"spaces/{repo.repo_id}" if repo.kind == "space" else repo.repo_id
+    changed = retry(upload).oid != plan.before
+    return Published(f"{api.endpoint}/{place}", changed=changed, kept_card=plan.keep_card)

@@ -13,7 +13,7 @@ import torch
 
 from config import InputError
 from model import GPT
-from storygpt.cli import command_line, one_line, progress_bar
+from storygpt.cli import command_line, one_line, printable, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.files import BEST, FINAL, PLOT
 from storygpt.generation import GenerationSettings, generate_stories
@@ -154,7 +154,9 @@ class Log:
             losses = f"val_loss {entry['val_loss']:.4f}"
             if step > 0:
                 losses = f"train loss {entry['train_loss']:.4f}, {losses}"
-            self.bar.write(f"step {step:,}: {losses}\n    {entry.get('sample', '')}".rstrip())
+            self.bar.write(
+                f"step {step:,}: {losses}\n    {printable(entry.get('sample', ''))}".rstrip()
+            )
 
     def finished(self, best_val_loss: float) -> str:
         """Says what a run that has made its last step leaves."""

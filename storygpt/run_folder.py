@@ -19,6 +19,7 @@ from storygpt.checkpoint import load_checkpoint, save_checkpoint
 from storygpt.cli import warn
 from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
 from storygpt.metrics import append_metrics, read_metrics
+from storygpt.record import fingerprint_of, origin_of
 from storygpt.state import check_resumable
 
 # What a file system without locks answers.
@@ -27,7 +28,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 
 def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
     """Raises InputError where a resumed run was trained on other data than `data_dir` holds."""
-    if resumed.get("data") != fingerprint:
+    if fingerprint_of(resumed) != fingerprint:
         raise InputError(
             f"the data in {data_dir} is not what the run was trained on so far: pass its --data_dir"
         )
@@ -47,7 +48,7 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
         for name in before
         if name not in MAY_CHANGE and before[name] != now[name]
     ]
-    begun = resumed.get("init_from") or {}
+    begun = origin_of(resumed) or {}
     if origin and origin["sha256"] != begun.get("sha256"):
         was = begun.get("checkpoint", "nothing")
         differences.append(f"init_from was {was} and is now {origin['checkpoint']}")

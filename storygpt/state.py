@@ -1,7 +1,7 @@
 """What changes while training, and what StoryGPT_latest.pt holds, written and read side by side."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import GPTConfig, InputError, TrainingConfig
@@ -15,14 +15,12 @@ from storygpt.optimizer import Optimizer
 class RunFacts:
     """What a run keeps for good, beside its settings."""
 
-    data: str
-    """Fingerprint of the data (`token_files.data_fingerprint`)."""
+    record: dict
+    """Its data, and the weights it started from (`record.begin_record`)."""
     dtype: str
     """Precision of the matrix products, as in `float32`."""
     run_id: str
     """The run's name for a tracker, if it ever had one; else empty."""
-    init_from: dict | None
-    """The origin of the weights it started from (`checkpoint.Start.origin`)."""
 
 
 @dataclass
@@ -46,7 +44,7 @@ class TrainState:
             "model_state_dict": self.model.state_dict(),
             "step": self.step,
             "val_loss": self.val_loss,
-            "init_from": facts.init_from,
+            "record": facts.record,
         }
 
     def resume_state(self, facts: RunFacts) -> dict:
@@ -54,7 +52,8 @@ class TrainState:
         return {
             "best_val_loss": self.best_val_loss,
             "skipped_steps": self.skipped_steps,
-            **asdict(facts),
+            "dtype": facts.dtype,
+            "run_id": facts.run_id,
             **self.optimizer.state_dict(),
         }
 
@@ -97,5 +96,5 @@ class TrainState:
 
 def check_resumable(checkpoint: dict) -> None:
     """Raises InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
-    if not {"data", "dtype"} <= checkpoint.keys():
+    if "dtype" not in checkpoint:
         raise InputError("it holds weights alone, or is of an older version")

@@ -127,6 +127,14 @@ def bits_per_byte(loss: float, counts: dict) -> float:
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
 
 
+def perplexity(loss: float) -> float:
+    """Returns e to the power of a mean loss in nats: infinite where no float is as large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def load_tokens(
     data_dir: Path, split: str, meta: dict, context_length: int, verify: bool = True
 ) -> np.ndarray:

@@ -313,3 +313,53 @@ def tinystories() -> Path:
     if not folder:
         pytest.skip("TINYSTORIES_DIR names no folder with TinyStories")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", params=[50257, 4096])
+def storyteller(request, tmp_path_factory) -> tuple[GPT, dict]:
+    """A model that has learnt twenty stories by heart, so that no two tokens are nearly tied.
+
+    It learns with the stories' own tokens and one more, whose embedding all others then get.
+    """
+    size = request.param
+    tokenizer = load_tokenizer(size)
+    stories = [tokenizer.encode_ordinary(text)[:110] for text in sample_stories(20, seed=3)]
+    rows = torch.full((20, 112), tokenizer.eot_token)
+    for row, story in zip(rows, stories, strict=True):
+        row[: len(story)] = torch.tensor(story)
+    told, rows = rows.unique(return_inverse=True)
+    shape = {"context_length": 128, "n_layer": 2, "n_head": 2, "n_embd": 48, "dropout": 0.0}
+    shape |= {"bias": size == 4096, "init_std": 0.1}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=len(told) + 1, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(80):
+        loss = model(rows[:, :-1], rows[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1
+    state_dict = model.state_dict()
+    embedding = state_dict["wte.weight"][-1].repeat(size, 1)
+    embedding[told] = state_dict["wte.weight"][:-1]
+    state_dict |= dict.fromkeys(("wte.weight", "lm_head.weight"), embedding)
+    model = GPT(GPTConfig(vocab_size=size, **shape)).eval()
+    model.load_state_dict(state_dict)
+    checkpoint = {
+        "gpt_config": model.config,
+        "training_config": TrainingConfig(),
+        "model_state_dict": model.state_dict(),
+        "step": 80,
+        "val_loss": loss.item(),
+    }
+    return model, checkpoint
+
+
+def prompts(size: int) -> list[tuple[str, list[int]]]:
+    """Twenty beginnings of 4 to 23 tokens, as text and as ids."""
+    tokenizer = load_tokenizer(size)
+    cut = [
+        tokenizer.encode_ordinary(text)[: 4 + i]
+        for i, text in enumerate(sample_stories(20, seed=3))
+    ]
+    return [(tokenizer.decode(ids), ids) for ids in cut]

@@ -31,6 +31,17 @@ class Repo:
 
     private: bool = False
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b""}])
+    titles: dict[int, str] = field(default_factory=lambda: {0: "initial commit"})
+
+    def last_commit(self, path: str, sha: str) -> dict[str, str]:
+        """Of the last change to a file, as of commit `sha`."""
+        number = next(i for i in range(len(self.commits)) if self.sha(i) == sha)
+        content = self.commits[number][path]
+        while number and self.commits[number - 1].get(path) == content:
+            number -= 1
+        title = self.titles.get(number, "by hand")
+        return {"id": self.sha(number), "title": title, "date": "2026-01-01T00:00:00.000Z"}
+
     branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: bool = False
 
@@ -230,11 +241,15 @@ class Handler(BaseHTTPRequestHandler):
         kind = request.get("type") or "model"
         if kind == "space" and request.get("sdk") != "gradio":
             raise Refusal(400, "a space needs an sdk")
+        if kind == "space" and request.get("hardware") != "zero-a10g":
+            raise Refusal(402, "hosting Gradio Spaces on free cpu-basic requires a subscription")
         url, key = f"{self.hub.url}/{name}", f"{kind}s/{name}"
         with self.hub.lock:
             if key in self.hub.repos:
                 content = {"error": f"You already created this {kind} repo", "url": url}
                 return 409, {}, json.dumps(content).encode()
+            if kind == "space" and sum(name.startswith("spaces/") for name in self.hub.repos) == 2:
+                raise Refusal(402, "you host two Spaces on ZeroGPU already")
             self.hub.repos[key] = Repo(private=request.get("visibility") == "private")
         return self.answer({"url": url, "name": name})
 
@@ -291,11 +306,13 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, id: str, rev: str):
         repo = self.repo(kind, id, write=True)
         header, *operations = map(json.loads, self.body.splitlines())
-        files = {}
+        files, gone = {}, set()
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "deletedFile":
+                gone.add(value["path"])
             elif operation["key"] == "lfsFile":
                 data = self.hub.objects.get(value["oid"])
                 if data is None or len(data) != value["size"]:
@@ -303,10 +320,13 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = data
             else:
                 raise Refusal(400, f"unknown operation {operation['key']}")
-        if header["key"] != "header" or not header["value"]["summary"] or not files:
+        title = header["value"]["summary"] if header["key"] == "header" else ""
+        if not title or not (files or gone) or not gone <= repo.commits[-1].keys():
             raise Refusal(400, "an empty commit, or one without a message")
         with self.hub.lock:
-            repo.commits.append(repo.commits[-1] | files)
+            kept = {path: data for path, data in repo.commits[-1].items() if path not in gone}
+            repo.commits.append(kept | files)
+            repo.titles[len(repo.commits) - 1] = title
         url = f"{self.hub.url}/{id}/commit/{repo.sha()}"
         return self.answer({"success": True, "commitOid": repo.sha(), "commitUrl": url})
 
@@ -346,13 +366,18 @@ class Handler(BaseHTTPRequestHandler):
         return entries
 
     def tree(self, kind: str, id: str, rev: str, under: str | None = None):
-        _, files = self.revision(self.repo(kind, id), rev)
+        repo = self.repo(kind, id)
+        sha, files = self.revision(repo, rev)
         prefix = f"{under}/" if under else ""
         inside = {path: data for path, data in files.items() if path.startswith(prefix)}
         if under and not inside:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         if self.query.get("recursive", ["false"])[0].lower() in ("true", "1"):
-            return self.answer(self.entries(inside))
+            entries = self.entries(inside)
+            if self.query.get("expand", ["false"])[0].lower() in ("true", "1"):
+                for entry in entries:
+                    entry["lastCommit"] = repo.last_commit(entry["path"], sha)
+            return self.answer(entries)
         here = {path: data for path, data in inside.items() if "/" not in path[len(prefix) :]}
         folders = {prefix + p[len(prefix) :].split("/")[0] for p in inside.keys() - here.keys()}
         folders = [{"type": "directory", "path": f, "oid": "", "size": 0} for f in sorted(folders)]

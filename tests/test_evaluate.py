@@ -10,7 +10,7 @@ from conftest import nats_of_windows
 from matplotlib.figure import Figure
 
 import evaluate
-from storygpt.checkpoint import load_checkpoint, save_checkpoint
+from storygpt.checkpoint import load_checkpoint, load_start, save_checkpoint
 from storygpt.judging.measures import ROWS, story_table
 from storygpt.token_files import data_fingerprint, load_meta
 from storygpt.tokenizer import load_tokenizer
@@ -64,6 +64,7 @@ def test_what_is_printed_and_written(small, evaluated):
     numbers = [report[name] for name in ("loss", "perplexity", "bits_per_byte")]
     assert np.allclose(printed, numbers, rtol=1e-4)
     assert (report["data"], report["num_stories"]) == (data_fingerprint(small.meta), 4)
+    assert report["weights_sha256"] == load_start(small.folder / "long.pt").origin["sha256"]
     assert {name: report[name] for name in ASKED} == ASKED
 
 
@@ -117,6 +118,8 @@ def test_mistakes_are_named(fails, small, tmp_path):
     flags = ("--data_dir", cut, "--num_stories", 1)
     fails("evaluate.py", *best, *flags, says="train.bin has 1,000 bytes")
     broken = load_checkpoint(small.folder / "short.pt")
-    broken["model_state_dict"]["ln_f.weight"][:] = 3e38  # finite, its products are not
-    save_checkpoint(tmp_path / "broken.pt", broken)
-    fails("evaluate.py", "--checkpoint", tmp_path / "broken.pt", *data, says="weights are broken")
+    for weight in (3e38, 3e5):  # finite; of the first the products are not, of the second exp(loss)
+        broken["model_state_dict"]["ln_f.weight"][:] = weight
+        save_checkpoint(tmp_path / "broken.pt", broken)
+        flags = ("--checkpoint", tmp_path / "broken.pt", *data)
+        fails("evaluate.py", *flags, says="weights are broken")

@@ -10,16 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from hub_server import Hub
 
 import evaluate
 import generate
 import train
 from config import GPTConfig, TrainingConfig
 from model import GPT
-from storygpt.checkpoint import load_model, save_checkpoint
+from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
+from storygpt.device import pick_dtype
 from storygpt.files import BEST
+from storygpt.formats import write_folder
 from storygpt.generation import GenerationSettings, generate_stories
 from storygpt.kernels import pack_linears
+from storygpt.record import begin_record
 from storygpt.tokenizer import TextStream, load_tokenizer
 
 BETWEEN = "\n\n" + "-" * 40 + "\n"
@@ -85,6 +89,7 @@ def test_same_seed_same_story_and_it_is_the_models(script, run_dir):
         ("--seed 9", {"seeds": [9]}),
         ("--num_samples 3", {"seeds": [1337, 1338, 1339]}),
         ("--num_samples 9 --dtype bfloat16", {"seeds": range(1337, 1346)}),
+        ("--num_samples 9 --dtype auto", {"seeds": range(1337, 1346)}),
     ],
 )
 def test_every_flag_reaches_the_model(flags, changes, tells, run_dir):
@@ -99,7 +104,7 @@ def test_every_flag_reaches_the_model(flags, changes, tells, run_dir):
         return BETWEEN.join(story.text for story in told) + "\n"
 
     told = tells("--prompt", "One day", "--max_new_tokens", 60, *flags.split())
-    dtype = torch.bfloat16 if "bfloat16" in flags else torch.float32
+    dtype = pick_dtype(flags.partition("--dtype ")[2] or "float32", torch.device("cpu"))
     assert told == expected(dtype, **changes)
     assert told != expected(**{} if dtype == torch.float32 else changes)  # it changes something
 
@@ -156,14 +161,83 @@ def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(tells, ru
     flags = ("--max_new_tokens", 20, "--seed", 5, "--interactive")
     told = tells(*flags, typed="\nOne day\n\n\nTom 👦\n".encode())
     model, _ = load_model(run_dir / "StoryGPT_best.pt")
-    asked = [("Once upon a time", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
+    asked = [("This is the story", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
     settings = GenerationSettings(max_new_tokens=20)
     stories = [generate_stories(model, p, [seed], settings)[0].text for p, seed in asked]
-    assert told == "".join(f"> {story}\n" for story in stories) + "> \n"
+    assert told == "".join(f"{story}\n" for story in stories)  # no "> ": nobody sits there
+    as_on_windows = "\r\nOne day\r\n\r\n\r\nTom 👦\r\n".encode()
+    assert tells(*flags, typed=as_on_windows) == told
 
 
 def test_interactive_bytes_that_are_no_text_are_replaced(tells):
-    assert "> \ufffd" in tells("--max_new_tokens", 1, "--interactive", typed=b"\xff\n")
+    told = tells("--max_new_tokens", 1, "--interactive", typed=b"\xff\n")
+    assert told.startswith("\ufffd") and "> " not in told
+
+
+def test_characters_that_control_a_terminal_do_not_reach_one(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    text = "Tom\x1b[2J\x07 ran.\r\x9b1A\x7f\n\tThe end"
+    for screen, shown in (
+        (Terminal(), "Tom\ufffd[2J\ufffd ran.\ufffd\ufffd1A\ufffd\n\tThe end\n"),
+        (io.StringIO(), text + "\n"),  # a file holds what was told
+    ):
+        tokenizer = load_tokenizer(512)
+        ids = tokenizer.encode_ordinary(text.removeprefix("Tom"))
+        model = SimpleNamespace(
+            config=GPTConfig(vocab_size=512),
+            wte=torch.nn.Embedding(1, 1),
+            stream=lambda *_, ids=ids, **__: (torch.tensor([[token]]) for token in ids),
+        )
+        monkeypatch.setattr(sys, "stdout", screen)
+        generate.tell_aloud(model, generate.Arguments(prompt="Tom"))
+        assert screen.getvalue() == shown
+
+
+def test_a_model_is_known_by_its_weights_file_its_address_and_its_revision(
+    script, fails, run_dir, tmp_path
+):
+    """Two versions in one repo, which begin differently."""
+    checkpoint = load_checkpoint(run_dir / BEST)
+    stories, versions = [], []
+    for opening in ("Once more", "One day, a boy"):
+        meta = {"dataset": "builtin", "vocab_size": 512, "openings": [[opening, 0.5]]}
+        counts = dict.fromkeys(("stories", "tokens", "bytes"), 9) | {"sha256": opening}
+        meta["splits"] = {"train": counts, "validation": counts}
+        folder = tmp_path / opening
+        folder.mkdir()
+        write_folder(folder, checkpoint | {"record": begin_record(meta, None)})
+        versions.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        stories.append(opening)
+    flags = ("--max_new_tokens", 3, "--device", "cpu")
+
+    def begins(checkpoint, **environment) -> str:
+        result = script("generate.py", "--checkpoint", checkpoint, *flags, **environment)
+        assert result.code == 0, result.output
+        return next(text for text in stories if text in result.output)
+
+    assert begins(tmp_path / stories[1] / "model.safetensors") == stories[1]
+    with Hub() as hub:
+        repo = hub.add("models/you/x", versions[0])
+        repo.commits.append(versions[1])
+        environment = hub.environment(tmp_path / "hf") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        old = repo.sha(1)
+        for name, told in (
+            ("you/x", 1),
+            ("you/x@main", 1),
+            (f"you/x@{old}", 0),
+            ("https://huggingface.co/you/x", 1),
+            ("https://huggingface.co/you/x/", 1),
+            (f"https://huggingface.co/you/x/tree/{old}", 0),
+            (f"https://huggingface.co/you/x/blob/{old}/model.safetensors", 0),
+        ):
+            assert begins(name, **environment) == stories[told], name
+        says = "you/x cannot be downloaded (HTTP 404): there is no such revision"
+        fails("generate.py", "--checkpoint", "you/x@none", says=says, **environment)
+    page = "https://example.com/you/x"
+    fails("generate.py", "--checkpoint", page, says="there is no checkpoint https:/example.com")
 
 
 @pytest.fixture

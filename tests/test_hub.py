@@ -4,8 +4,10 @@ refusals mean. Publishing is in test_upload_to_hf.py."""
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
+from conftest import python
 from hub_server import Fault, Hub, Repo
 from story_files import LONG, jsonl, parquet, put, txt
 
@@ -278,6 +280,38 @@ def test_a_name_that_has_moved_is_followed_also_offline(reads, hub):
     assert reads("stories", HF_HUB_OFFLINE="1")["splits"] == SPLITS
 
 
+# --- Models ---
+
+
+def test_a_model_is_had_at_one_commit_without_what_nobody_reads(hub, tmp_path):
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "notes.md": b"", "a/config.json": b"1"}
+    weights = {"model.safetensors": b"new", "pytorch_model.bin": b"old"}
+    repo = hub.add("models/you/model", files | weights)
+    hub.add("models/you/older", files | {"pytorch_model.bin": b"old"})
+
+    def download(name: str, **environment) -> tuple[dict[str, bytes], str, str]:
+        """The files, the name of their folder, and what was said."""
+        run = f"from storygpt.hub import download_model; print(download_model({name!r}))"
+        environment = os.environ | hub.environment(tmp_path / "hf") | environment
+        done = python("-c", run, env=environment)
+        assert done.returncode == 0, done.stderr
+        folder = Path(done.stdout.strip())
+        return {p.name: p.read_bytes() for p in folder.iterdir()}, folder.name, done.stderr
+
+    had = {"config.json": b"{}", "tokenizer.json": b"{}"}
+    assert download("you/model")[:2] == (had | {"model.safetensors": b"new"}, repo.sha())
+    assert download("you/older")[0] == had | {"pytorch_model.bin": b"old"}
+    first = repo.sha()
+    repo.commits.append(files | {"model.safetensors": b"newer"})
+    assert download("you/model", HF_HUB_OFFLINE="1")[1] == first
+    hub.faults = [Fault("GET /api", 503, times=99, retry_after=0)]
+    found, commit, said = download("you/model")
+    assert found["model.safetensors"] == b"new" and commit == first
+    assert f"taking you/model at commit {first} from the cache (HTTP 503)" in said
+    hub.faults = [Fault("GET /api", 503, retry_after=0)]
+    assert download("you/model")[:2] == (had | {"model.safetensors": b"newer"}, repo.sha())
+
+
 # --- Refusals ---
 
 
@@ -294,7 +328,7 @@ def test_what_the_hub_refuses_is_said_in_its_kind(reads, hub, tmp_path):
         ("(HTTP 401): the Hub does not know this token", {"HF_TOKEN": "hf_expired"}),
         ("the Hub token has characters that no token has", {"HF_TOKEN": "hf_abc…"}),
         ("(HTTP 404): there is no such repo", {"dataset": "you/none"}),
-        ("(HTTP 404): there is no such revision: check --revision", {"revision": "gone"}),
+        ("(HTTP 404): there is no such revision: check its name", {"revision": "gone"}),
         ("(HTTP 404): there is no such revision", {"revision": "0" * 40}),
         ("neither a file nor a folder here, nor a name on the Hub", {"dataset": "~/no/such"}),
         ("(HF_ENDPOINT is localhost): begin it with https://", {"HF_ENDPOINT": "localhost"}),
@@ -319,3 +353,4 @@ def test_a_cache_that_cannot_be_written_is_named(reads, hub, tmp_path):
     assert "set HF_HOME to a folder elsewhere" in error and str(tmp_path / "a file") in error
     hub.add(f"datasets/{NAME}", {k: v for k, v in FILES.items() if k != "README.md"})
     assert "set HF_HOME to a folder elsewhere" in reads(cache="a file/hf")["error"]
+    assert reads().output == ""

@@ -10,6 +10,7 @@ from conftest import SMALL, TINY, losses_of, metrics_of, new_checkpoint, wait_fo
 
 from model import GPT
 from storygpt.checkpoint import fit_start, load_checkpoint, load_model, load_start, save_checkpoint
+from storygpt.record import origin_of
 
 
 def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, tmp_path):
@@ -39,7 +40,7 @@ def test_init_from_then_resume_is_the_run_left_alone(script, data_dir, run_dir, 
     ours, theirs = (
         load_checkpoint(tmp_path / name / "StoryGPT_final.pt") for name in ("stopped", "whole")
     )
-    assert ours["init_from"] == theirs["init_from"] == start["init_from"]
+    assert origin_of(ours) == origin_of(theirs) == start["init_from"]
     for name, weight in theirs["model_state_dict"].items():
         assert torch.equal(ours["model_state_dict"][name], weight), name
 
@@ -88,7 +89,7 @@ def test_init_from_takes_the_shape_and_refuses_another(script, fails, data_dir, 
     shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path / "moved.pt")
     result = script("train.py", *flags, "--init_from", tmp_path / "moved.pt")
     assert result.code == 0, result.output
-    begun = load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt")["init_from"]
+    begun = origin_of(load_checkpoint(tmp_path / "run" / "StoryGPT_latest.pt"))
     assert begun["checkpoint"] == str(run_dir / "StoryGPT_best.pt")
     other = tmp_path / "run" / "StoryGPT_final.pt"
     fails("train.py", *flags, "--init_from", other, says=f"init_from was {run_dir}")

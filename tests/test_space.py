@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hub_server import Hub
+from hub_server import Hub, Repo
 from tokenizers import Tokenizer
 
 from model import GPT
@@ -212,6 +212,21 @@ def test_a_dry_run_builds_both_folders_and_overwrites_neither(space, script, fai
     shutil.rmtree(tmp_path / "out")
     fails("upload_to_hf.py", *flags, says="out-space is not empty")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_space_that_the_hub_refuses_is_a_sentence_and_nothing_is_sent(space, fails, tmp_path):
+    """Without the hardware that we ask for, the stand-in refuses every Space, as the Hub does."""
+    with Hub() as hub:
+        for name in ("one", "two"):
+            hub.repos[f"spaces/you/{name}"] = Repo(private=False)
+        says = fails(
+            "upload_to_hf.py",
+            *space.flags,
+            says="(HTTP 402): you host two Spaces on ZeroGPU already. A personal account",
+            **hub.environment(tmp_path),
+        )
+        assert "leave out --space" in says
+        assert len(hub.repos["models/you/StoryGPT"].commits) == 1  # as the Hub made it
 
 
 def test_what_is_no_model_is_a_sentence(app, tmp_path, monkeypatch, capsys):
