@@ -33,6 +33,7 @@ from storygpt.generation import GenerationSettings, generate_stories
 
 pytest.importorskip("gradio", "6.12")
 FILES = {"app.py", "page.html", "page.css", "page.js", "requirements.txt", "README.md"}
+OPENING = "This is the story"  # as its record says of the model on the loopback Hub
 OPENINGS = [["Once upon a time", 0.6], ["One day, a", 0.2]]
 RECORD = {
     "data": {
@@ -665,7 +666,7 @@ def test_whoever_comes_is_told_a_story_that_costs_nothing(space, browser):
     assert visitor.all("article.telling")
     lengths = set()
     until(lambda: lengths.add(len(visitor.text("article p"))) or len(lengths) > 3)
-    (expected,) = generated(space.model, "Once upon a time")
+    (expected,) = generated(space.model, OPENING)
     assert visitor.told(1337) == [expected]
     asked = "performance.getEntriesByType('resource').map((entry) => entry.name)"
     assert visitor.run(asked) == []  # neither of this server nor of any other
@@ -806,7 +807,7 @@ def test_an_opening_tells_when_it_is_chosen(space, browser):
     visitor.set(prompt="Tom", seed=3)
     visitor.click("#openings button")
     story = visitor.told(3)[0]
-    assert [story] == generated(space.model, "Once upon a time", [3])
+    assert [story] == generated(space.model, OPENING, [3])
 
 
 def test_a_link_tells_the_same_stories_to_somebody_else(space, browser):
@@ -901,7 +902,7 @@ def test_the_keyboard_reaches_and_uses_everything(space, browser, width, dark):
     assert visitor.run("document.activeElement.id") == "prompt"  # where it was
     visitor.tab_to("#openings button")
     visitor.press(enter)
-    assert visitor.told(1337)[0].startswith("Once upon")
+    assert visitor.told(1337)[0].startswith(OPENING)
     visitor.tab_to("summary")
     visitor.press(blank)
     for name in ("seed", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p"):
