@@ -335,9 +335,9 @@ def test_what_the_hub_refuses_is_said_in_its_kind(reads, hub, tmp_path):
     ):
         assert says in reads(**arguments)["error"], says
     for status, says in (
-        (402, "(HTTP 402): the account's storage or credits are used up"),
+        (402, "(HTTP 402): planned"),  # the Hub's own words
         (403, "(HTTP 403): the token may not do that"),
-        (418, "(HTTP 418): planned"),  # the Hub's own word
+        (418, "(HTTP 418): planned"),
     ):
         hub.faults = [Fault("GET /api", status)]
         assert says in reads()["error"]
