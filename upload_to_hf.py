@@ -57,7 +57,8 @@ class Arguments:
     gguf: Literal["f16", "f32", "none"] = "f16"
     """Precision of StoryGPT.gguf, the model for Ollama and llama.cpp; none leaves it out."""
     space: bool = False
-    """Also publish the page of space/ as the Space owner/name-space, which shows the model."""
+    """Also publish the page of space/ as the Space owner/name-space, which shows the model. It is
+    asked for on ZeroGPU (zero-a10g), which a personal account may have without a subscription."""
     replace: bool = False
     """Replace what others, or you by hand, have put there: another model, an edited card."""
     dry_run: bool = False
@@ -296,9 +297,7 @@ def build_space(folder: Path, repo_id: str) -> None:
     """Makes `folder`, with all files of a Space that shows the model `repo_id`."""
     from huggingface_hub import metadata_load, metadata_save
 
-    folder.mkdir()
-    for name in ("app.py", "requirements.txt", "README.md"):
-        shutil.copyfile(ROOT / "space" / name, folder / name)
+    shutil.copytree(ROOT / "space", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     own = {"title": repo_id.split("/")[1], "models": [repo_id]}
     metadata_save(folder / "README.md", metadata_load(folder / "README.md") | own)
 

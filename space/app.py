@@ -1,52 +1,68 @@
 """A page that tells stories and looks inside the model: a Hugging Face Space as it lies here.
 
 It shows a model that `upload_to_hf.py` has built, from a folder or from the Hub, with the packages
-of requirements.txt; of StoryGPT's repository it uses nothing.
+of requirements.txt; of StoryGPT's repository it uses nothing. The page itself is page.html, with
+its style and its script beside it. Gradio only serves it: a Space on ZeroGPU must be one of Gradio.
 """
 
+import os
+
+if os.getenv("SPACES_ZERO_GPU"):  # set by ZeroGPU alone, whose package comes before torch
+    import spaces
+
+    # No Space starts there without a function for its GPU. This one is never called: a model as
+    # small as ours answers faster from the CPU than a GPU is handed out.
+    spaces.GPU(lambda: None)
+
 import argparse
-import base64
-import io
+import asyncio
+import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 
 import gradio as gr
 import torch
+import torch.nn.functional as F
+from fastapi import HTTPException, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from PIL import Image
+from pydantic import BaseModel, Field
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.middleware.gzip import GZipMiddleware
 from tokenizers import Tokenizer
 from torch import Tensor
 
+HERE = Path(__file__).parent
 FILES = ("model.py", "config.py", "checkpoints/StoryGPT_best.pt", "tokenizer.json")
-PROMPTS = (
-    "Once upon a time",
-    "One day, a little girl found a",
-    "Tom had a red kite.",
-    '"Please help me," said the bird.',
-)
-VISITORS = 8  # whose stories come at the same time; the others wait
-SHOWN_EVERY = 0.05  # seconds: faster is more than eyes follow, and costs every visitor
+OPENING = "Once upon a time"  # of a model that does not say how its stories begin
+AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
+MOST_VISITORS = 300
+MOST_BYTES = 60_000  # of a request
+MOST_NEW_TOKENS = 1000
+SHOWN_EVERY = 0.05  # seconds: faster is more than eyes follow
 
 
 # --- The model ---
 
 
 @dataclass(frozen=True)
-class Storyteller:
-    """A published model and its tokenizer."""
+class Published:
+    """A published model, its tokenizer, and what it says of itself: the record, empty if none."""
 
     name: str
     model: torch.nn.Module
     tokenizer: Tokenizer
+    record: dict
 
     @property
     def config(self):
-        """The model's GPTConfig."""
+        """Returns the model's GPTConfig."""
         return self.model.config
 
     @property
@@ -54,34 +70,46 @@ class Storyteller:
         return self.config.vocab_size - 1
 
     @property
-    def device(self) -> torch.device:
-        return self.model.wte.weight.device
+    def openings(self) -> list[str]:
+        """Returns how the stories it learned from begin most often, the commonest first."""
+        known = (self.record.get("data") or {}).get("openings") or [(OPENING, 1)]
+        return [text for text, _ in known]
+
+    def batch(self, rows: list[list[int]]) -> Tensor:
+        """Returns rows of ids as int64, where the model is."""
+        return torch.tensor(rows, device=self.model.wte.weight.device)
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt's ids; a story from nothing begins after an end-of-text."""
-        prompt = prompt.encode(errors="replace").decode()  # half a surrogate pair has no bytes
+        """Returns a prompt's ids; a story from nothing begins after an end-of-text."""
         return self.tokenizer.encode(prompt).ids or [self.end_of_text]
 
     def text(self, ids: list[int]) -> str:
-        """What `ids` spell, without end-of-text."""
+        """Returns what `ids` spell, without end-of-text."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def default_model() -> str | None:
-    """The model named in this Space's README.md."""
-    models = (metadata_load(Path(__file__).with_name("README.md")) or {}).get("models")
+    """Returns the model named in this Space's README.md."""
+    models = (metadata_load(HERE / "README.md") or {}).get("models")
     return models[0] if models else None
 
 
-def load(name: str) -> Storyteller:
-    """The model in a folder or of a Hub id. Its own model.py is what runs it.
+def title(folder: Path) -> str:
+    """Returns what its card calls the model in a folder, else the folder's own name."""
+    card = folder / "README.md"
+    models = card.is_file() and (metadata_load(card) or {}).get("model-index")
+    return models[0]["name"] if models else folder.resolve().name
+
+
+def load(name: str) -> Published:
+    """Loads the model in a folder or of a Hub id. Its own model.py is what runs it.
 
     Ends the program with a sentence where there is no such model.
     """
     folder = Path(name)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(name, allow_patterns=FILES))
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
         except (HFValidationError, OSError) as error:  # the latter also of the Hub's answers
             reason = " ".join(str(error).split())[:200]
             sys.exit(f"error: {name} is no folder here, and no model to download: {reason}")
@@ -98,66 +126,108 @@ def load(name: str) -> Storyteller:
         model = GPT(checkpoint["gpt_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        described = folder / "config.json"
+        description = json.loads(described.read_text("utf-8")) if described.is_file() else {}
     except Exception as error:  # a damaged file can fail in any layer below
         kind = type(error).__name__
         sys.exit(f"error: {name} is damaged ({kind}): get it again, or publish it again")
     tokenizer.encode_special_tokens = True  # a prompt that spells <|endoftext|> is only text
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shown_as = folder.resolve().name if Path(name).is_dir() else name  # nobody's whole path
-    return Storyteller(shown_as, model.to(device).eval(), tokenizer)
+    on_gpu = torch.cuda.is_available() and not os.getenv("SPACES_ZERO_GPU")
+    return Published(
+        name=name if folder != Path(name) else title(folder),
+        model=model.to("cuda" if on_gpu else "cpu").eval(),
+        tokenizer=tokenizer,
+        record=description.get("storygpt", {}).get("record", {}),
+    )
 
 
 # --- Telling ---
 
 
+class Wish(BaseModel):
+    """What a visitor asks for. The page's settings are made of it; generate.py has the same."""
+
+    prompt: str = Field(max_length=5_000)
+    seed: int = Field(
+        1337, ge=0, le=2**53 - 10, title="Seed", description="The same seed, the same story"
+    )
+    num_samples: int = Field(1, ge=1, le=4, title="Stories", description="Side by side, up to 4")
+    max_new_tokens: int = Field(
+        200, ge=1, le=MOST_NEW_TOKENS, title="Length", description="In tokens, at most 1,000"
+    )
+    temperature: float = Field(
+        0.8, ge=0, le=2, title="Temperature", description="0: always the likeliest token"
+    )
+    top_k: int = Field(
+        100, ge=0, le=100_000, title="Top-k", description="Among the k likeliest; 0: all"
+    )
+    top_p: float = Field(
+        1, ge=0.01, le=1, title="Top-p", description="Among the likeliest up to this share"
+    )
+
+
 @dataclass
 class Story:
-    """The ids of a story so far: the first `given` are the prompt's, as far as it was read."""
+    """A story as far as it has come, and how many of its ids and characters the page has."""
 
-    seed: int
-    given: int
-    ids: list[int] = field(default_factory=list)
-    state: str = "telling"  # or "the end", "length reached", "stopped"
+    ids: list[int]
+    sent_ids: int
+    sent_characters: int
+    state: str = "telling"  # or "the end", "length reached"
+
+    def news(self, published: Published) -> list:
+        """Returns ids and text that the page does not have yet, and the state."""
+        text = published.text(self.ids)
+        if self.state == "telling":
+            text = text.rstrip("\ufffd")  # half a character waits for the rest
+        added = [self.ids[self.sent_ids :], text[self.sent_characters :], self.state]
+        self.sent_ids, self.sent_characters = len(self.ids), len(text)
+        return added
 
 
-def tell(
-    teller: Storyteller,
-    prompt: str,
-    seeds: range,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> Iterator[list[Story]]:
-    """A story for each seed, longer at every step: those that `generate.py --seed SEED` tells."""
-    context_length = teller.config.context_length
-    start = teller.encode(prompt)[-context_length:]
-    stories = [Story(seed, len(start), list(start)) for seed in seeds]
-    columns = teller.model.stream(
-        torch.tensor([start] * len(seeds), device=teller.device),
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        teller.end_of_text,
-        [torch.Generator(teller.device).manual_seed(seed) for seed in seeds],
+def generate(published: Published, wish: Wish, every: float = SHOWN_EVERY) -> Iterator[dict]:
+    """Yields how the stories begin, then, every so many seconds, what has come to each.
+
+    First {given: text, ids, unread: how many tokens of the prompt are too many for the context},
+    then {told: [[ids, text, state] of each story]}. A seed's story is the one that `generate.py
+    --seed` generates.
+    """
+    prompt = published.encode(wish.prompt)
+    start = prompt[-published.config.context_length :]
+    given = published.text(start)
+    yield {"given": given, "ids": start, "unread": len(prompt) - len(start)}
+    seeds = range(wish.seed, wish.seed + wish.num_samples)
+    stories = [Story(list(start), len(start), len(given)) for _ in seeds]
+
+    idx = published.batch([start] * len(seeds))
+    columns = published.model.stream(
+        idx,
+        max_new_tokens=wish.max_new_tokens,
+        temperature=wish.temperature,
+        top_k=wish.top_k or None,
+        top_p=wish.top_p,
+        end_of_text=published.end_of_text,
+        generator=[torch.Generator(idx.device).manual_seed(seed) for seed in seeds],
     )
+    shown = time.monotonic()
     for column in columns:
         for story, token in zip(stories, column[:, 0].tolist(), strict=True):
             if story.state == "telling":
                 story.ids.append(token)
-                story.state = "the end" if token == teller.end_of_text else "telling"
-        yield stories
+                story.state = "the end" if token == published.end_of_text else "telling"
+        if time.monotonic() - shown >= every:
+            yield {"told": [story.news(published) for story in stories]}
+            shown = time.monotonic()
     for story in stories:
         story.state = "length reached" if story.state == "telling" else story.state
-    yield stories
+    yield {"told": [story.news(published) for story in stories]}
 
 
 # --- Looking inside ---
 
 
 def windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]:
-    """How `GPT.stream` reads a story of `length` tokens: (start, first, last) of each window.
+    """Yields how `GPT.stream` reads a story of `length` tokens: each window's (start, first, last).
 
     The tokens first to last - 1 are told by a model that has read those from `start` on. When the
     context is full, its last half is read again.
@@ -169,385 +239,231 @@ def windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]:
         start, first = last - max(1, context_length // 2), last
 
 
-def window_start(story: Story, index: int, context_length: int) -> int:
-    """Where the window begins in which token `index`, at least 1, was told."""
-    return next(w[0] for w in windows(len(story.ids), context_length) if index < w[2])
+def window_start(index: int, context_length: int) -> int:
+    """Returns where the window begins in which token `index`, at least 1, was told."""
+    return next(w[0] for w in windows(index + 1, context_length) if index < w[2])
+
+
+def pieces(published: Published, ids: list[int]) -> list[str]:
+    """Returns what each token spells: a character of several tokens is its last one's."""
+    texts, begun = [], 0
+    for i in range(len(ids)):
+        text = published.text(ids[begun : i + 1])
+        whole = not text.endswith("\ufffd") or i - begun == 3  # no character has more than 4 bytes
+        texts.append(text if whole else "")
+        begun = i + 1 if whole else begun
+    return texts
 
 
 @torch.no_grad()
-def probabilities(teller: Storyteller, ids: list[int]) -> Tensor:
-    """(T,) ids to (T, vocab_size): what the model expects after each, before any filter."""
-    logits, _ = teller.model(torch.tensor([ids], device=teller.device))
-    return logits[0].float().softmax(-1)
-
-
-def token_probabilities(teller: Storyteller, story: Story) -> list[float | None]:
-    """The probability that each token had in its place; None for the first, which had no before."""
+def token_probabilities(published: Published, ids: list[int]) -> list[float | None]:
+    """Returns the probability of each token in its place, None for the first."""
     found: list[float | None] = [None]
-    for start, first, last in windows(len(story.ids), teller.config.context_length):
-        expected = probabilities(teller, story.ids[start : last - 1])
-        told = torch.tensor(story.ids[first:last], device=teller.device)
-        found += expected[first - start - 1 :].gather(1, told[:, None])[:, 0].tolist()
+    for start, first, last in windows(len(ids), published.config.context_length):
+        logits, _ = published.model(published.batch([ids[start : last - 1]]))
+        told = published.batch([ids[first:last]])[0]
+        logits = logits[0, first - start - 1 :].float()
+        found += F.cross_entropy(logits, told, reduction="none").neg().exp().tolist()
     return found
 
 
 @torch.no_grad()
-def attention_weights(teller: Storyteller, ids: list[int], layer: int) -> Tensor:
-    """(n_head, T, T): how much each of T ids takes from each, in the heads of one layer."""
-    return teller.model.attention_weights(torch.tensor([ids], device=teller.device), layer)[0]
+def likeliest(published: Published, ids: list[int], index: int) -> dict[str, object]:
+    """Finds the ten tokens that the model expected most in the place of ids[index], at least 1.
 
-
-# --- What is shown ---
-
-
-def percent(probability: float) -> str:
-    """Three digits."""
-    return "< 0.001 %" if probability < 1e-5 else f"{100 * probability:#.3g}".rstrip(".") + " %"
-
-
-def spelled(teller: Storyteller, token: int) -> str:
-    """A token as HTML in which what has no ink can be seen."""
-    if token == teller.end_of_text:
-        return "<em>the end</em>"
-    text = escape(teller.text([token]))
-    for blank, sign in ((" ", "␣"), ("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
-        text = text.replace(blank, f"<i>{sign}</i>")
-    return text
-
-
-def show_stories(teller: Storyteller, stories: list[Story], note: str = "") -> str:
-    """The stories side by side, as HTML."""
-    cards = []
-    for number, story in enumerate(stories):
-        given = teller.text(story.ids[: story.given])
-        told = teller.text(story.ids)[len(given) :]
-        if story.state == "telling":
-            told = told.rstrip("\ufffd")  # half a character waits for the rest
-        count = len(story.ids) - story.given
-        cards.append(
-            f'<article class="{story.state}"><p><mark>{escape(given)}</mark>{escape(told)}</p>'
-            f"<footer><span>Seed {story.seed} · {count} tokens · {story.state}</span>"
-            f'<button type="button" data-index="{number}">Look inside</button></footer></article>'
-        )
-    return f'{note and f"<p>{note}</p>"}<div class="stories">{"".join(cards)}</div>'
-
-
-def show_tokens(teller: Storyteller, story: Story, chosen: int) -> str:
-    """The story as a list of tokens to choose from, coloured by its probability, as HTML."""
-    options = []
-    for i, (token, p) in enumerate(zip(story.ids, token_probabilities(teller, story), strict=True)):
-        text = escape(teller.text([token])).replace("\n", "↵\n")
-        if token == teller.end_of_text:
-            text = "<em>the end</em>" if i else "<em>the beginning</em>"
-        kind = "given" if i < story.given else "told"
-        looks = 'class="first"' if p is None else f'class="{kind}" style="--p:{100 * p:.1f}%"'
-        title = "nothing came before it" if p is None else percent(p)
-        looks += ' aria-selected="true" tabindex="0"' if i == chosen else ' tabindex="-1"'
-        options.append(
-            f'<span role="option" {looks} title="{title}" data-index="{i}">{text}</span>'
-        )
-    return f'<div class="tokens" role="listbox" aria-label="The story">{"".join(options)}</div>'
-
-
-def show_choice(teller: Storyteller, story: Story, index: int, layer: int) -> str:
-    """The ten likeliest in the place of one token, and where each head looked, as HTML."""
-    if index == 0:
-        return "<p>Nothing came before the first token, so there was nothing to choose by.</p>"
-    start = window_start(story, index, teller.config.context_length)
-    expected = probabilities(teller, story.ids[start:index])[-1]
-    token, most = story.ids[index], expected.topk(min(10, len(expected)))
-    shown = list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
-    rows = [bar(teller, other, p, other == token) for other, p in shown]
-    rank = int((expected > expected[token]).sum()) + 1
-    if rank > len(shown):
-        rows.append(bar(teller, token, expected[token].item(), True, f"no. {rank:,}: "))
-    whose = "you wrote" if index < story.given else "the model told"
-    return (
-        f"<h3>In the place of <code>{spelled(teller, token)}</code></h3>"
-        f"<p>The ten likeliest tokens here, and which of them {whose}. These are the model's own "
-        f'probabilities, before temperature, top-k and top-p.</p><ol class="bars">{"".join(rows)}'
-        f"</ol>{show_heads(teller, story.ids[start:index], layer)}"
-    )
-
-
-def bar(teller: Storyteller, token: int, p: float, told: bool, rank: str = "") -> str:
-    kind = ' class="told"' if told else ""
-    return (
-        f'<li{kind}><code>{spelled(teller, token)}</code><span><s style="width:{100 * p:.2f}%">'
-        f"</s></span><b>{rank}{percent(p)}</b></li>"
-    )
-
-
-def show_heads(teller: Storyteller, ids: list[int], layer: int) -> str:
-    """A picture of each head's weights among `ids`, and of its last row by itself, as HTML."""
-    if not hasattr(teller.model, "attention_weights"):
-        return "<p>To see where its heads looked, publish this model again: its code is older.</p>"
-    figures = []
-    for head, weights in enumerate(attention_weights(teller, ids, layer).cpu(), 1):
-        most = weights[-1].topk(min(3, len(ids)))
-        looks = ", ".join(
-            f"<code>{spelled(teller, ids[i])}</code>&nbsp;{100 * p:.0f}&nbsp;%"
-            for p, i in zip(most.values.tolist(), most.indices.tolist(), strict=True)
-        )
-        figures.append(
-            f'<figure><img alt="Weights of head {head}" src="{png(weights)}">'
-            f'<img alt="Its last row" src="{png(weights[-1:])}">'
-            f"<figcaption>Head {head}: {looks}</figcaption></figure>"
-        )
-    return (
-        f"<h3>Where the heads of layer {layer + 1} looked</h3><p>A row for each token read, from "
-        "top to bottom; in it the tokens so far, from left to right: the deeper, the more of the "
-        "head's attention, beside the most in that row. The strip is the last row again: "
-        f"<code>{spelled(teller, ids[-1])}</code>, from which the choice was made; below it, what "
-        f'it took most from.</p><div class="heads">{"".join(figures)}</div>'
-    )
-
-
-def png(weights: Tensor) -> str:
-    """(rows, T) weights as a picture for an <img>, see-through where they are 0."""
-    depth = (weights / weights.amax(-1, keepdim=True)).sqrt()  # small ones can be seen too
-    alpha = Image.fromarray((depth * 255).round().to(torch.uint8).numpy())
-    picture = Image.new("RGB", alpha.size, (13, 148, 136))
-    picture.putalpha(alpha)
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-CSS = """
-.gradio-container { max-width: 1000px !important; width: 100%; margin: 0 auto !important; }
-.html-container { padding: 0 !important; }
-#start, #stop, #another { padding-inline: 8px; white-space: nowrap; }
-body:not(:has(article.telling)) #stop { opacity: 0.45; }
-.stories { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
-.stories article {
-  display: flex; flex-direction: column; border: 1px solid var(--border-color-primary);
-  border-radius: 10px; background: var(--background-fill-secondary); padding: 14px 16px;
-}
-.stories p {
-  margin: 0 0 12px; flex: 1; font-size: 1.05rem; line-height: 1.6; white-space: pre-wrap;
-  overflow-wrap: anywhere; max-height: 60vh; overflow-y: auto;
-}
-.stories mark { background: none; color: inherit; opacity: 0.65; }
-.stories .telling p::after { content: "▍"; color: #0d9488; animation: blink 1s steps(2) infinite; }
-@keyframes blink { 50% { opacity: 0; } }
-.stories footer {
-  display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 8px;
-  font-size: 0.85rem;
-}
-.stories footer button {
-  border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px 12px;
-  color: var(--body-text-color); background: var(--background-fill-primary);
-}
-.stories footer button:hover { border-color: #0d9488; }
-.note { margin: 0 0 8px; }
-.nowrap { white-space: nowrap; }
-.tokens { font-size: 1.05rem; line-height: 2; overflow-wrap: anywhere; white-space: pre-wrap; }
-.tokens span {
-  --hue: color-mix(in oklab, #0d9488 var(--p), #f97316);
-  background: color-mix(in srgb, var(--hue) 38%, transparent);
-  padding: 3px 0; border-radius: 4px; cursor: pointer;
-}
-.tokens .first { background: none; }
-.tokens .given { text-decoration: underline dotted; text-underline-offset: 4px; }
-.tokens [aria-selected="true"] { outline: 2px solid var(--body-text-color); }
-:focus-visible { outline: 3px solid #0d9488 !important; outline-offset: 1px; }
-.scale { display: inline-block; width: 90px; height: 10px; border-radius: 5px; margin: 0 6px;
-  background: linear-gradient(90deg in oklab, #f97316, #0d9488); opacity: 0.55; }
-.choice h3 { margin: 18px 0 4px; font-size: 1.1rem; font-weight: 600; }
-.choice p { margin: 0 0 10px; max-width: 70ch; }
-.choice code {
-  font-family: var(--font-mono); background: color-mix(in srgb, currentColor 8%, transparent);
-  border-radius: 4px; padding: 0 4px; overflow-wrap: anywhere;
-}
-.choice code i { opacity: 0.5; font-style: normal; }
-.bars { list-style: none; margin: 0; padding: 0; max-width: 640px; }
-.bars li {
-  display: grid; grid-template-columns: minmax(90px, 1fr) 3fr minmax(110px, auto); gap: 10px;
-  align-items: center; padding: 2px 6px; border-radius: 6px;
-}
-.bars li.told { background: color-mix(in srgb, #0d9488 18%, transparent); font-weight: 600; }
-.bars code { justify-self: end; }
-.bars s { display: block; height: 12px; min-width: 2px; border-radius: 3px; background: #0d9488; }
-.bars b { font-weight: inherit; font-variant-numeric: tabular-nums; text-align: right; }
-.heads {
-  display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(max(140px, 22%), 1fr));
-}
-.heads figure { margin: 0; }
-.heads img {
-  display: block; width: 100%; image-rendering: pixelated; box-sizing: border-box;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-primary);
-}
-.heads img:first-child { aspect-ratio: 1; }
-.heads img + img { height: 22px; margin-top: 4px; }
-.heads figcaption { font-size: 0.85rem; margin-top: 4px; }
-"""
-
-LEGEND = """
-<p class="note">Every token is coloured by the probability that the model gave it there, before
-temperature, top-k and top-p: <span class="nowrap">0 %<span class="scale"></span>100 %.</span> The
-underlined ones are yours. Choose one, with the mouse or the arrow keys.</p>
-"""
-
-# A click on what has an index chooses it; among the tokens of a story, so do the arrow keys.
-CHOOSE = """
-let waiting;
-const choose = (chosen) => {
-  if (chosen.role === 'option') {
-    for (const other of element.querySelectorAll('[role=option]')) {
-      other.tabIndex = other === chosen ? 0 : -1;
-      other.ariaSelected = String(other === chosen);
+    Returns {likeliest: [[id, text, probability], ...], told: [rank from 1, probability], start:
+    where what it had read begins}; the probabilities are before temperature and filters.
+    """
+    start = window_start(index, published.config.context_length)
+    logits, _ = published.model(published.batch([ids[start:index]]))
+    expected = logits[0, -1].float().softmax(-1)
+    most = expected.topk(min(10, len(expected)))
+    told = expected[ids[index]]
+    return {
+        "likeliest": [
+            [token, published.text([token]), p]
+            for token, p in zip(most.indices.tolist(), most.values.tolist(), strict=True)
+        ],
+        "told": [int((expected > told).sum()) + 1, told.item()],
+        "start": start,
     }
-    chosen.focus();
-  }
-  clearTimeout(waiting);  // an arrow key held down asks for the last token only
-  waiting = setTimeout(() => trigger('select', {index: Number(chosen.dataset.index)}), 80);
-};
-element.addEventListener('click', (event) => {
-  const chosen = event.target.closest('[data-index]');
-  if (chosen) choose(chosen);
-});
-element.addEventListener('keydown', (event) => {
-  const tokens = [...element.querySelectorAll('[role=option]')];
-  const at = tokens.indexOf(event.target);
-  const to = {Home: 0, End: tokens.length - 1, ArrowLeft: at - 1, ArrowRight: at + 1}[event.key];
-  if (at < 0 || !tokens[to]) return;
-  event.preventDefault();
-  choose(tokens[to]);
-});
-"""
+
+
+@torch.no_grad()
+def attention(published: Published, ids: list[int], layer: int) -> bytes:
+    """Returns how much each of T ids takes from each in one layer's heads, in 65,535ths.
+
+    They are n_head x T x T little-endian uint16.
+    """
+    weights = published.model.attention_weights(published.batch([ids]), layer)[0]
+    return (weights.float() * 65_535).round().cpu().numpy().astype("<u2").tobytes()
 
 
 # --- The page ---
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What the page does when a visitor clicks; each visitor has stories of their own."""
+def link(place: str, text: str) -> str:
+    return f'<a href="https://huggingface.co/{escape(place)}">{escape(text)}</a>'
 
-    teller: Storyteller
 
-    def tell(self, prompt, seed, count, length, temperature, top_k, top_p):
-        """Yields the stories as HTML, and as what `look` takes. Raises gr.Error, one sentence."""
-        from config import InputError, check_whole
+def about(published: Published) -> str:
+    """Says in a sentence of HTML what the model is and who trained it on what, as far as known."""
+    owner, _, title = published.name.rpartition("/")
+    name = link(published.name, title) if owner else escape(title)
+    data = published.record.get("data") or {}
+    sentence = f"{name} is a small language model that makes up stories, word by word"
+    train = data.get("splits", {}).get("train", {})
+    if not train:
+        return f"{sentence}; {link(owner, owner)} published it." if owner else f"{sentence}."
+    stories, source = f"{train['stories']:,} stories", data.get("name")
+    if source and data.get("commit"):  # of the Hub: a name of somebody's folder is no link
+        stories += f" of {link(f'datasets/{source}', source)}"
+    who = f"{link(owner, owner)} trained it" if owner else "it was trained"
+    return f"{sentence}: {who} on {stories}, to guess each next word from those before."
 
+
+def setting(name: str, schema: dict) -> str:
+    """Makes a field of the page's settings of what pydantic says of it, as HTML."""
+    whole = schema["type"] == "integer"
+    kind, step = ("number", 1) if whole else ("range", 0.01)
+    output = "" if whole else f'<output for="{name}">{schema["default"]}</output>'
+    return (
+        f'<p><label for="{name}">{schema["title"]}</label>{output}'
+        f'<input id="{name}" name="{name}" type="{kind}" step="{step}" min="{schema["minimum"]}" '
+        f'max="{schema["maximum"]}" value="{schema["default"]}" required '
+        f'aria-describedby="{name}-hint">'
+        f'<small id="{name}-hint">{schema["description"]}</small></p>'
+    )
+
+
+def render(published: Published) -> str:
+    """Makes the page, with the story that greets whoever comes: told once, then replayed."""
+    config, opening = published.config, published.openings[0]
+    wish = Wish(prompt=opening)
+    story = list(generate(published, wish, every=0))
+    text = story[0]["given"] + "".join(event["told"][0][1] for event in story[1:])
+    fields = Wish.model_json_schema()["properties"]
+    known = {
+        "first": {"wish": wish.model_dump(), "events": story},
+        "end": published.end_of_text,
+        "layers": config.n_layer,
+        "heads": config.n_head,
+    }
+    chips = (f'<button type="button">{escape(text)}</button>' for text in published.openings)
+    return Template((HERE / "page.html").read_text("utf-8")).substitute(
+        title=escape(published.name.rpartition("/")[2]),
+        about=about(published),
+        size=f"{published.model.num_parameters():,} parameters in {config.n_layer} layers of "
+        f"{config.n_head} heads. It sees the last {config.context_length:,} tokens.",
+        heads=config.n_head,
+        opening=escape(opening),
+        chips="".join(chips),
+        most_characters=fields["prompt"]["maxLength"],
+        settings="".join(setting(*field) for field in fields.items() if field[0] != "prompt"),
+        story=escape(text),
+        known=json.dumps(known).replace("<", "\\u003c"),
+        style=(HERE / "page.css").read_text("utf-8"),
+        script=(HERE / "page.js").read_text("utf-8"),
+    )
+
+
+class Look(BaseModel):
+    """What a visitor looks into: the ids of a story, and, of one, its place and a layer from 0."""
+
+    ids: list[int] = Field(min_length=1)
+    index: int = Field(0, ge=0)
+    layer: int = Field(0, ge=0)
+
+
+class Door:
+    """Lets in what the page asks for, and none of Gradio's own addresses, such as for uploads."""
+
+    OPEN = ("/", "/stories", "/tokens", "/likeliest", "/attention", "/gradio_api/startup-events")
+
+    def __init__(self, app: Callable):
+        self.app, self.visitors = app, 0
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, refusal = dict(scope["headers"]), None
+        if scope["path"] not in self.OPEN:
+            refusal = JSONResponse({"detail": "There is nothing here."}, 404)
+        elif b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > MOST_BYTES:
+            refusal = JSONResponse({"detail": "That is too long."}, 413)
+        elif self.visitors >= MOST_VISITORS:
+            busy = "Too many visitors are waiting: come back in some minutes."
+            refusal = JSONResponse({"detail": busy}, 503)
+        self.visitors += 1
         try:
-            seed = int(seed)
-        except (TypeError, ValueError):
-            raise gr.Error("The seed must be a whole number.", print_exception=False) from None
-        prompt, sampling = prompt or "", (int(length), temperature, int(top_k) or None, top_p)
-        tokens, context_length = len(self.teller.encode(prompt)), self.teller.config.context_length
-        note = ""
-        if tokens > context_length:
-            note = f"The prompt has {tokens:,} tokens: only its last {context_length} were read."
-        try:
-            check_whole("seed", seed, 0, 2**63 - 10_001)
-            shown = 0.0
-            for stories in tell(self.teller, prompt, range(seed, seed + int(count)), *sampling):
-                done = all(story.state != "telling" for story in stories)
-                if done or time.monotonic() - shown > SHOWN_EVERY:
-                    shown = time.monotonic()
-                    yield show_stories(self.teller, stories, note), stories
-        except InputError as error:
-            raise gr.Error(f"{error}.", print_exception=False) from None
-
-    def stop(self, stories):
-        for story in stories:
-            story.state = "stopped" if story.state == "telling" else story.state
-        return show_stories(self.teller, stories), stories
-
-    def next_seed(self, seed, count):
-        return str(int(seed) + int(count)) if str(seed).strip().isdecimal() else seed
-
-    def look(self, story, layer):
-        """Opens a story at its first token, or the prompt's last where there is none."""
-        index = min(story.given, len(story.ids) - 1)
-        tokens = show_tokens(self.teller, story, index)
-        return gr.Tabs(selected="inside"), (story, index), tokens, self.detail(story, index, layer)
-
-    def look_at(self, stories, layer, event: gr.EventData):
-        return self.look(stories[event.index], layer)
-
-    def look_at_latest(self, stories, looked, layer):
-        """For whoever opens the tab by itself: the first story, unless one of them is open."""
-        if not stories or (looked and looked[0] in stories):
-            return gr.skip()
-        return self.look(stories[0], layer)
-
-    def choose(self, looked, layer, event: gr.EventData):
-        story, index = looked[0], event.index
-        return (story, index), self.detail(story, index, layer)
-
-    def other_layer(self, looked, layer):
-        return self.detail(*looked, layer) if looked else gr.skip()
-
-    def detail(self, story, index, layer):
-        return f'<div class="choice">{show_choice(self.teller, story, index, int(layer) - 1)}</div>'
+            await (refusal or self.app)(scope, receive, send)
+        finally:
+            self.visitors -= 1
 
 
-def sampling_settings() -> list[gr.components.Component]:
-    """The controls of `Answers.tell` after the prompt, in its order; generate.py's defaults."""
-    with gr.Accordion("Settings", open=False), gr.Row():
-        return [
-            gr.Textbox("1337", label="Seed", info="The same seed, the same story", min_width=260),
-            *(
-                gr.Slider(least, most, value, step=step, label=label, info=info, min_width=260)
-                for label, info, least, most, value, step in (
-                    ("Stories", "Side by side", 1, 4, 1, 1),
-                    ("Length", "Tokens at most", 1, 1000, 200, 1),
-                    ("Temperature", "0: always the likeliest", 0, 2, 0.8, 0.05),
-                    ("Top-k", "0: all tokens", 0, 500, 100, 1),
-                    ("Top-p", "1: all tokens", 0.01, 1, 1, 0.01),
-                )
-            ),
-        ]
+def build_server(published: Published) -> gr.Server:
+    """Serves the page and what it asks for; keeps nothing of a visitor but a place in the queue."""
+    from config import InputError
+
+    server, html, config = gr.Server(), render(published), published.config
+    queue: list[object] = []  # in the order they came; the first AT_ONCE are being told to
+    looks = asyncio.Semaphore(2)  # each takes the memory of a story's logits
+
+    @server.api_route("/", methods=["GET", "HEAD"])
+    def page():
+        return HTMLResponse(html, headers={"cache-control": "no-cache"})
+
+    @server.post("/stories")
+    async def stories(wish: Wish):
+        async def events():
+            me = object()
+            queue.append(me)
+            try:
+                while (place := queue.index(me) - AT_ONCE + 1) > 0:
+                    yield line({"place": place})
+                    await asyncio.sleep(0.5)
+                async for event in iterate_in_threadpool(generate(published, wish)):
+                    yield line(event)
+            except InputError as error:
+                yield line({"error": f"{error}."})
+            finally:
+                queue.remove(me)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def look(function: Callable, ids: list[int], *arguments):
+        most = config.context_length + MOST_NEW_TOKENS
+        if len(ids) > most or not all(0 <= i < config.vocab_size for i in ids):
+            raise HTTPException(422, "That is no story of this model.")
+        async with looks:
+            return await run_in_threadpool(function, published, ids, *arguments)
+
+    @server.post("/tokens")
+    async def tokens(asked: Look):
+        probabilities = await look(token_probabilities, asked.ids)
+        return {"texts": pieces(published, asked.ids), "probabilities": probabilities}
+
+    @server.post("/likeliest")
+    async def likeliest_tokens(asked: Look):
+        if not 0 < asked.index < len(asked.ids):
+            raise HTTPException(422, "Nothing came before that token.")
+        return await look(likeliest, asked.ids, asked.index)
+
+    @server.post("/attention")
+    async def attention_of_a_layer(asked: Look):
+        if len(asked.ids) > config.context_length or asked.layer >= config.n_layer:
+            raise HTTPException(422, "There is no such layer, or it never saw so many tokens.")
+        if not hasattr(published.model, "attention_weights"):
+            raise HTTPException(404, "This model's own code is older: to see it, publish it again.")
+        return Response(await look(attention, asked.ids, asked.layer))
+
+    server.add_middleware(GZipMiddleware, compresslevel=3)
+    server.add_middleware(Door)
+    return server
 
 
-def page(teller: Storyteller) -> gr.Blocks:
-    """The whole page."""
-    answers, config = Answers(teller), teller.config
-    layers = [str(layer + 1) for layer in range(config.n_layer)]
-    with gr.Blocks(title="StoryGPT", analytics_enabled=False, fill_width=True) as blocks:
-        stories, looked = gr.State([]), gr.State(None)
-        gr.Markdown(
-            f"# StoryGPT\n{teller.model.num_parameters():,} parameters, {config.n_layer} layers of "
-            f"{config.n_head} heads, {config.context_length} tokens of context: `{teller.name}`"
-        )
-        with gr.Tabs() as tabs:
-            with gr.Tab("Tell", id="tell"):
-                prompt = gr.Textbox(PROMPTS[0], label="How the story begins", max_lines=8)
-                gr.Examples([[text] for text in PROMPTS], prompt, label="Or begin with")
-                with gr.Row():
-                    start = gr.Button("Tell", variant="primary", elem_id="start", min_width=70)
-                    stop = gr.Button("Stop", elem_id="stop", min_width=70)
-                    another = gr.Button("Another one", elem_id="another", min_width=130)
-                settings = [prompt, *sampling_settings()]
-                cards = gr.HTML(js_on_load=CHOOSE, apply_default_css=False)
-            with gr.Tab("Look inside", id="inside") as inside:
-                gr.HTML(LEGEND, apply_default_css=False)
-                tokens = gr.HTML(
-                    "<p>Tell a story first.</p>", js_on_load=CHOOSE, apply_default_css=False
-                )
-                layer = gr.Radio(layers, value=layers[-1], label="Layer of the attention pictures")
-                detail = gr.HTML(apply_default_css=False)
-
-        told, opened = [cards, stories], [tabs, looked, tokens, detail]
-        quiet = {"show_progress": "hidden"}
-        inner = quiet | {"api_visibility": "private"}
-        shared = quiet | {"concurrency_limit": VISITORS, "concurrency_id": "tell"}
-        every = inner | {"trigger_mode": "multiple"}
-        clicks = [start.click, prompt.submit]
-        telling = gr.on(clicks, answers.tell, settings, told, api_name="tell", **shared)
-        seed = another.click(
-            answers.next_seed, settings[1:3], settings[1], cancels=telling, **inner
-        )
-        again = seed.success(answers.tell, settings, told, api_visibility="private", **shared)
-        stop.click(answers.stop, stories, told, cancels=[telling, again], **inner)
-        cards.select(answers.look_at, [stories, layer], opened, **inner)
-        inside.select(answers.look_at_latest, [stories, looked, layer], opened, **inner)
-        tokens.select(answers.choose, [looked, layer], [looked, detail], **every)
-        layer.change(answers.other_layer, [looked, layer], detail, **every)
-    return blocks
+def line(event: dict) -> str:
+    return f"data: {json.dumps(event)}\n\n"
 
 
 # --- The command ---
@@ -567,22 +483,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("README.md names no model under `models`: pass --model, a folder or a Hub id")
-    theme = gr.themes.Soft(
-        primary_hue="teal",
-        font=["system-ui", "sans-serif"],  # nothing is fetched from elsewhere
-        font_mono=["ui-monospace", "monospace"],
-    )
-    blocks = page(load(arguments.model))
+    published = load(arguments.model)
+    from config import InputError
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        blocks.launch(
+        server = build_server(published)
+        server.launch(
             server_name=arguments.host,
             server_port=arguments.port,
             inbrowser=arguments.open,
-            theme=theme,
-            css=CSS,
             ssr_mode=False,
-            footer_links=[],
         )
+    except InputError as error:  # of the first story
+        sys.exit(f"error: {arguments.model} is broken: {error}")
     except (OSError, OverflowError):  # no such port, or somebody else's
         sys.exit("error: the page cannot be served there: pass another --port or --host")
 

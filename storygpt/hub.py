@@ -280,6 +280,12 @@ def download_model(name: str, revision: str | None = None) -> Path:
 
 # --- Publishing ---
 
+SPACE_HARDWARE = "zero-a10g"  # the one that a personal account may have without a subscription
+SPACE_TERMS = (
+    "A personal account may have two Spaces on ZeroGPU, once it is 30 days old and its address is "
+    "confirmed: leave out --space, and show the page with `python space/app.py --model ID`"
+)
+
 # A file of a model, whoever made it.
 OF_A_MODEL = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|jinja)|.*(config|index|_map|_tokens)\.json|"
@@ -355,6 +361,9 @@ def failures_explained(repo: Built, token: str) -> Iterator[None]:
         raise
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         why = explain(error).replace(token, "…")
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if repo.kind == "space" and status in (402, 403):
+            why = f"{why.rstrip('.')}. {SPACE_TERMS}"
         raise InputError(f"{repo.repo_id} was not published {why}") from None
 
 
@@ -386,6 +395,7 @@ def open_remote(api, repo: Built, private: bool) -> tuple[str, dict]:
             private=private or None,
             exist_ok=True,
             space_sdk="gradio" if repo.kind == "space" else None,
+            space_hardware=SPACE_HARDWARE if repo.kind == "space" else None,
         )
         tree = api.list_repo_tree(repo.repo_id, repo_type=repo.kind, recursive=True, expand=True)
         return list(tree), api.repo_info(repo.repo_id, repo_type=repo.kind)

@@ -241,11 +241,15 @@ class Handler(BaseHTTPRequestHandler):
         kind = request.get("type") or "model"
         if kind == "space" and request.get("sdk") != "gradio":
             raise Refusal(400, "a space needs an sdk")
+        if kind == "space" and request.get("hardware") != "zero-a10g":
+            raise Refusal(402, "hosting Gradio Spaces on free cpu-basic requires a subscription")
         url, key = f"{self.hub.url}/{name}", f"{kind}s/{name}"
         with self.hub.lock:
             if key in self.hub.repos:
                 content = {"error": f"You already created this {kind} repo", "url": url}
                 return 409, {}, json.dumps(content).encode()
+            if kind == "space" and sum(name.startswith("spaces/") for name in self.hub.repos) == 2:
+                raise Refusal(402, "you host two Spaces on ZeroGPU already")
             self.hub.repos[key] = Repo(private=request.get("visibility") == "private")
         return self.answer({"url": url, "name": name})
 

@@ -1,6 +1,7 @@
 """The page of space/: published, started and used as on the Hub, in a real browser."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -11,16 +12,18 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from html import unescape
 from http.client import HTTPConnection
-from types import SimpleNamespace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hub_server import Hub
+from hub_server import Hub, Repo
 from tokenizers import Tokenizer
 
 from model import GPT
@@ -28,9 +31,18 @@ from storygpt.checkpoint import load_model
 from storygpt.formats import tokenizer_files
 from storygpt.generation import GenerationSettings, generate_stories
 
-gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
-SETTINGS = (1337, 1, 60, 0.8, 100, 1)  # seed, stories, length, temperature, top-k, top-p
+pytest.importorskip("gradio", "6.12")
+FILES = {"app.py", "page.html", "page.css", "page.js", "requirements.txt", "README.md"}
+OPENING = "This is the story"  # as its record says of the model on the loopback Hub
+OPENINGS = [["Once upon a time", 0.6], ["One day, a", 0.2]]
+RECORD = {
+    "data": {
+        "name": "you/tales",
+        "commit": "0" * 40,
+        "splits": {"train": {"stories": 1234}},
+        "openings": OPENINGS,
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,38 +51,82 @@ def space(script, run_dir, data_dir, tmp_path_factory):
     folder, home = tmp_path_factory.mktemp("space"), tmp_path_factory.mktemp("home")
     flags = ["--repo_id", "you/StoryGPT", "--checkpoint", run_dir / "StoryGPT_best.pt", "--space"]
     flags += ["--data_dir", data_dir, "--gguf", "none"]
-    with Hub() as hub, socket.socket() as free:
+    with Hub() as hub:
         environment = hub.environment(home)
         result = script("upload_to_hf.py", *flags, **environment)
         assert result.code == 0, result.output
         for name, data in hub.repos["spaces/you/StoryGPT-space"].commits[-1].items():
             (folder / name).write_bytes(data)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        started = {**os.environ, **environment, "GRADIO_SERVER_PORT": str(port)}
-        started.pop("PYTHONPATH", None)
-        log = folder / "log.txt"
-        with log.open("w") as output:
-            command = [sys.executable, "app.py"]
-            process = subprocess.Popen(
-                command, cwd=folder, env=started, stdout=output, stderr=subprocess.STDOUT
-            )
+        page = Page(folder, environment)
+        page.start()
         try:
-            until(lambda: process.poll() is not None or answers(port), 120)
-            assert answers(port), log.read_text()
-            yield SimpleNamespace(
-                url=f"http://127.0.0.1:{port}",
-                port=port,
-                process=process,
-                hub=hub,
-                flags=flags,
-                environment=environment,
-                model=load_model(run_dir / "StoryGPT_best.pt")[0],
-            )
+            page.hub, page.flags, page.environment = hub, flags, environment
+            page.model = load_model(run_dir / "StoryGPT_best.pt")[0]
+            yield page
         finally:
-            process.kill()
-            process.wait()
+            page.process.kill()
+            page.process.wait()
+
+
+class Page:
+    """`python app.py` in a Space's folder."""
+
+    def __init__(self, folder: Path, environment: dict, *flags):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, "app.py", "--port", str(self.port), *map(str, flags)]
+        self.started = {**os.environ, **environment}
+        self.started.pop("PYTHONPATH", None)
+
+    def start(self) -> None:
+        log = self.folder / "log.txt"
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.folder, env=self.started, stdout=output, stderr=output
+            )
+        until(lambda: self.process.poll() is not None or self.answers(), 120)
+        assert self.answers(), log.read_text()
+
+    def answers(self) -> bool:
+        with suppress(OSError):
+            return self.request("GET", "/")[0] == 200
+        return False
+
+    def request(self, method: str, path: str, body=None, **headers) -> tuple[int, bytes]:
+        """A status and a body; `body` is sent as JSON."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
+        headers = {"content-type": "application/json", **headers}
+        connection.request(method, path, body and json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    def stories(self, prompt: str, **wish) -> list[str]:
+        """What the page is told, put together."""
+        status, body = self.request("POST", "/stories", {"prompt": prompt, **SHORT, **wish})
+        assert status == 200, body
+        events = [json.loads(event[6:]) for event in body.decode().split("\n\n") if event]
+        return put_together(event for event in events if "place" not in event)
+
+
+SHORT = {"max_new_tokens": 60}
+
+
+def generated(model: GPT, prompt: str, seeds=(1337,), **settings) -> list[str]:
+    """The stories that `generate.py` generates."""
+    settings = GenerationSettings(**settings)
+    return [story.text for story in generate_stories(model, prompt, list(seeds), settings)]
+
+
+def put_together(events) -> list[str]:
+    """The events of stories as their texts."""
+    first, *others = events
+    texts = None
+    for event in others:
+        texts = texts or [first["given"]] * len(event["told"])
+        texts = [text + told[1] for text, told in zip(texts, event["told"], strict=True)]
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +137,20 @@ def app():
     sys.modules["space_app"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def published(app, run_dir):
+    tokenizer = Tokenizer.from_str(tokenizer_files(512, 64)["tokenizer.json"])
+    model = load_model(run_dir / "StoryGPT_best.pt")[0]
+    return app.Published("you/Tiny", model, tokenizer, RECORD)
+
+
+@pytest.fixture
+def client(app, published):
+    from starlette.testclient import TestClient
+
+    return TestClient(app.build_server(published))
 
 
 def until(true, seconds: float = 60):
@@ -118,35 +188,13 @@ def slowed(process: subprocess.Popen):
         turns.join()
 
 
-def answers(port: int) -> bool:
-    try:
-        connection = HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", "/")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-
-
-def stories(html: str) -> list[str]:
-    """The texts on the cards."""
-    found = re.findall(r"<article.*?<p>(.*?)</p>", html, re.DOTALL)
-    return [unescape(re.sub("<[^>]*>", "", text)) for text in found]
-
-
-def ask(client, prompt: str, *settings) -> str:
-    """The page's last answer to a click on Tell."""
-    job = client.submit(prompt, *(settings or SETTINGS), api_name="/tell")
-    job.result(timeout=120)
-    return job.outputs()[-1]
-
-
 # --- As a Space ---
 
 
 def test_the_space_is_one_commit_with_the_models_id_and_the_same_again_is_none(space, script):
     repo = space.hub.repos["spaces/you/StoryGPT-space"]
     files = {name for name in repo.commits[-1] if name != ".gitattributes"}
-    assert len(repo.commits) == 2 and files == {"app.py", "requirements.txt", "README.md"}
+    assert len(repo.commits) == 2 and files == FILES
     from huggingface_hub import RepoCard
 
     card = RepoCard(repo.commits[-1]["README.md"].decode()).data.to_dict()
@@ -159,10 +207,27 @@ def test_a_dry_run_builds_both_folders_and_overwrites_neither(space, script, fai
     flags = (*space.flags, "--dry_run", "--output_dir", tmp_path / "out")
     result = script("upload_to_hf.py", *flags)
     assert result.code == 0 and result.output.count("built in ") == 2, result.output
-    assert (tmp_path / "out-space" / "app.py").read_bytes() == (ROOT / "space/app.py").read_bytes()
+    assert {path.name for path in (tmp_path / "out-space").iterdir()} == FILES
+    for name in FILES - {"README.md"}:
+        assert (tmp_path / "out-space" / name).read_bytes() == (ROOT / "space" / name).read_bytes()
     shutil.rmtree(tmp_path / "out")
     fails("upload_to_hf.py", *flags, says="out-space is not empty")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_space_that_the_hub_refuses_is_a_sentence_and_nothing_is_sent(space, fails, tmp_path):
+    """Without the hardware that we ask for, the stand-in refuses every Space, as the Hub does."""
+    with Hub() as hub:
+        for name in ("one", "two"):
+            hub.repos[f"spaces/you/{name}"] = Repo(private=False)
+        says = fails(
+            "upload_to_hf.py",
+            *space.flags,
+            says="(HTTP 402): you host two Spaces on ZeroGPU already. A personal account",
+            **hub.environment(tmp_path),
+        )
+        assert "leave out --space" in says
+        assert len(hub.repos["models/you/StoryGPT"].commits) == 1  # as the Hub made it
 
 
 def test_what_is_no_model_is_a_sentence(app, tmp_path, monkeypatch, capsys):
@@ -179,20 +244,28 @@ def test_what_is_no_model_is_a_sentence(app, tmp_path, monkeypatch, capsys):
         assert says in f"{ended.value.code} {capsys.readouterr().err}" and ended.value.code != 0
 
 
-def test_a_port_in_use_and_a_damaged_model_are_sentences(
-    app, space, run_dir, tmp_path, monkeypatch
-):
+@pytest.fixture
+def folder(run_dir, tmp_path, monkeypatch):
+    """A published folder with no more than the page needs."""
     (tmp_path / "checkpoints").mkdir()
     for name in ("model.py", "config.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    weights = tmp_path / "checkpoints" / "StoryGPT_best.pt"
-    weights.write_bytes((run_dir / weights.name).read_bytes())
+    shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path / "checkpoints")
     (tmp_path / "tokenizer.json").write_text(tokenizer_files(512, 64)["tokenizer.json"])
     monkeypatch.setattr(sys, "path", [*sys.path])  # where app.py puts the model's own code
-    flags = ["app.py", "--model", str(tmp_path), "--port", str(space.port)]
+    return tmp_path
+
+
+def test_a_port_in_use_and_a_damaged_model_are_sentences(app, space, folder, monkeypatch):
+    weights = folder / "checkpoints" / "StoryGPT_best.pt"
+    flags = ["app.py", "--model", str(folder), "--port", str(space.port)]
     monkeypatch.setattr(sys, "argv", flags)
     with pytest.raises(SystemExit, match="pass another --port"):
         app.main()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="is damaged"):
+        app.main()
+    (folder / "config.json").unlink()
     for data in (b"", weights.read_bytes()[:5000]):
         weights.write_bytes(data)
         with pytest.raises(SystemExit, match="is damaged"):
@@ -204,11 +277,84 @@ def test_it_answers_on_this_machine_alone(space):
         socket.create_connection(("127.0.0.2", space.port), timeout=5)
 
 
-def test_a_folder_is_shown_by_its_name_alone(app, space, script, tmp_path):
-    flags = (*space.flags, "--dry_run", "--output_dir", tmp_path / "published")
-    assert script("upload_to_hf.py", *flags).code == 0
-    teller = app.load(str(tmp_path / "published"))
-    assert teller.name == "published" and not teller.model.training
+def test_it_starts_on_zerogpu(folder, tmp_path_factory):
+    """With ZeroGPU's own package, and what it reports to stood in for."""
+    pytest.importorskip("spaces")
+    if not torch.version.cuda:
+        pytest.skip("ZeroGPU's package needs a torch that is built for CUDA")
+    asked = []
+
+    class Devices(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Devices) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        zero = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": address}
+        place = tmp_path_factory.mktemp("zero")
+        shutil.copytree(ROOT / "space", place, dirs_exist_ok=True)
+        page = Page(place, zero, "--model", folder)
+        page.start()
+        try:
+            assert asked == ["/startup-report"]  # or ZeroGPU would end the Space
+            assert page.stories("Once")
+        finally:
+            page.process.kill()
+            page.process.wait()
+            server.shutdown()
+
+
+# --- What the page says of the model ---
+
+
+def test_a_folder_is_called_what_its_card_calls_it(app, folder):
+    assert app.load(str(folder)).name == folder.name
+    card = "---\nmodel-index:\n- name: Fables\n  results: []\n---\n"
+    (folder / "README.md").write_text(card)
+    shown = app.load(str(folder))
+    assert shown.name == "Fables" and not shown.model.training and shown.record == {}
+    (folder / "config.json").write_text(json.dumps({"storygpt": {"record": RECORD}}))
+    assert app.load(str(folder)).record == RECORD
+
+
+def test_one_sentence_says_what_it_is_as_far_as_it_is_known(app, published):
+    def about(name: str, data: dict) -> tuple[str, list[str]]:
+        html = app.about(app.Published(name, published.model, None, {"data": data}))
+        return re.sub("<[^>]*>", "", html), re.findall('href="([^"]*)"', html)
+
+    hub = "https://huggingface.co"
+    text, links = about("you/Tiny", RECORD["data"])
+    assert "Tiny is a small language model" in text and text.count(".") == 1
+    assert "you trained it on 1,234 stories of you/tales" in text
+    assert links == [f"{hub}/you/Tiny", f"{hub}/you", f"{hub}/datasets/you/tales"]
+    text, links = about("Tiny", {"name": "my tales", "splits": {"train": {"stories": 2}}})
+    assert "trained on 2 stories, to" in text and not links  # a folder's name is nobody's affair
+    text, links = about("you/Tiny", {})
+    assert text.endswith("; you published it.") and len(links) == 2
+    assert (
+        about("<b>", {})[0]
+        == "&lt;b&gt; is a small language model that makes up stories, word by word."
+    )
+
+
+def test_the_openings_are_the_models_own_or_the_commonest_of_all(app, published, client):
+    html = client.get("/").text
+    for opening, _ in OPENINGS:
+        assert f'<button type="button">{opening}</button>' in html
+    unknown = app.Published("Tiny", published.model, published.tokenizer, {})
+    assert unknown.openings == ["Once upon a time"]
+    evil = app.Published(
+        "</title><b>",
+        published.model,
+        published.tokenizer,
+        {"data": {"openings": [["<script>alert(1)</script>", 1]]}},
+    )
+    html = app.render(evil)
+    assert "<script>alert" not in html and "</title><b>" not in html
 
 
 # --- What it tells ---
@@ -216,13 +362,8 @@ def test_a_folder_is_shown_by_its_name_alone(app, space, script, tmp_path):
 
 def test_eight_visitors_at_once_get_the_stories_that_generate_tells(space, script, run_dir):
     seeds, prompt = range(5, 13), "One day, a"
-
-    def visit(seed):
-        client = gradio_client.Client(space.url, verbose=False)
-        return stories(ask(client, prompt, seed, *SETTINGS[1:]))
-
     with ThreadPoolExecutor(8) as threads:
-        told = list(threads.map(visit, seeds))
+        told = list(threads.map(lambda seed: space.stories(prompt, seed=seed), seeds))
     flags = ("--checkpoint", run_dir / "StoryGPT_best.pt", "--prompt", prompt, "--seed", 5)
     for count, first in ((8, 5), (1, 9)):
         result = script(
@@ -231,17 +372,11 @@ def test_eight_visitors_at_once_get_the_stories_that_generate_tells(space, scrip
         text = re.sub(r"\n\d+ tokens in .*\n", "", result.output)
         expected = [story.strip("\n") for story in text.split("\n" + "-" * 40 + "\n")]
         assert [t[0].strip("\n") for t in told[first - 5 : first - 5 + count]] == expected
-    together = visit_together(space, prompt)
+    together = space.stories(prompt, seed=5, num_samples=4)
     assert [[story] for story in together] == told[:4]
 
 
-def visit_together(space, prompt: str) -> list[str]:
-    client = gradio_client.Client(space.url, verbose=False)
-    return stories(ask(client, prompt, 5, 4, *SETTINGS[2:]))
-
-
 def test_odd_input_is_answered_and_the_server_lives(space):
-    client = gradio_client.Client(space.url, verbose=False)
     for prompt in (
         "",
         " ",
@@ -249,142 +384,156 @@ def test_odd_input_is_answered_and_the_server_lives(space):
         "👩‍👩‍👧‍👦 日本\u2028\0",
         "<|endoftext|>",
     ):
-        settings = GenerationSettings(max_new_tokens=60)
-        expected = generate_stories(space.model, prompt, [1337], settings)[0].text
-        assert stories(ask(client, prompt)) == [expected], prompt
-    long = client.submit("Once", 1337, 4, 1000, 0.8, 100, 1, api_name="/tell")
-    assert stories(ask(client, "Once", *SETTINGS[:2], 1, *SETTINGS[3:])) and not long.done()
-    long.cancel()  # it had not to end before another visitor's story
-    html = ask(client, "The dog ran. " * 7700)
-    assert "tokens: only its last 64 were read" in html and len(stories(html)[0]) > 60
-    for settings, says in (
-        (("abc", *SETTINGS[1:]), "The seed must be a whole number."),
-        (("-1", *SETTINGS[1:]), "seed must be a whole number of at least 0"),
-        (("9" * 30, *SETTINGS[1:]), "the most it can be here"),
-        ((1, 99, *SETTINGS[2:]), "is greater than maximum value 4"),
-        ((1, 1, 60, -1, 100, 1), "is less than minimum value 0"),
+        assert space.stories(prompt) == generated(space.model, prompt, **SHORT), prompt
+    for wish, says in (
+        ({"seed": "abc"}, b"valid integer"),
+        ({"seed": -1}, b"greater than or equal to 0"),
+        ({"seed": int("9" * 30)}, b"less than or equal to"),
+        ({"num_samples": 99}, b"less than or equal to 4"),
+        ({"temperature": -1}, b"greater than or equal to 0"),
+        ({"prompt": "x" * 5001}, b"at most 5000 characters"),
+        ({"prompt": "x" * 70_000}, b"too long"),
     ):
-        with pytest.raises(Exception, match=re.escape(says)):
-            ask(client, "Once", *settings)
-    assert stories(ask(client, "Once"))
+        status, body = space.request("POST", "/stories", {"prompt": "Once", **SHORT, **wish})
+        assert status in (413, 422) and says in body, (wish, body)
+    assert space.stories("Once")
 
 
-@pytest.fixture
-def teller(app, run_dir):
-    tokenizer = Tokenizer.from_str(tokenizer_files(512, 64)["tokenizer.json"])
-    return app.Storyteller("tiny", load_model(run_dir / "StoryGPT_best.pt")[0], tokenizer)
+def test_gradios_own_addresses_are_closed(space):
+    for path in ("/config", "/docs", "/openapi.json", "/gradio_api/info", "/gradio_api/upload"):
+        for method in ("GET", "POST"):
+            assert space.request(method, path)[0] == 404, path
 
 
-def test_every_setting_is_that_of_generate(app, teller):
-    answers, model = app.Answers(teller), teller.model
-    settings = (25, 1.3, 9, 0.7)  # length, temperature, top-k, top-p
-    *_, (html, told) = answers.tell("One day", "7", 3, *settings)
-    expected = generate_stories(model, "One day", [7, 8, 9], GenerationSettings(*settings))
-    assert stories(html) == [text for text, _ in expected] and [s.seed for s in told] == [7, 8, 9]
-    for i, other in enumerate((24, 0.8, 2, 0.1)):
-        changed = (*settings[:i], other, *settings[i + 1 :])
-        others = generate_stories(model, "One day", [7, 8, 9], GenerationSettings(*changed))
-        assert others != expected
-    assert answers.next_seed("7", 3) == "10" and answers.next_seed("x", 3) == "x"
-    *_, (html, _) = answers.tell("One day", "7", 1, 25, 1.3, 0, 1)  # all tokens
-    unlimited = GenerationSettings(max_new_tokens=25, temperature=1.3, top_k=None)
-    assert stories(html) == [generate_stories(model, "One day", [7], unlimited)[0].text]
-    *_, (_, told) = answers.tell("One day", "7", 4, 400, 1.3, 0, 1)
-    assert len({len(story.ids) for story in told}) > 1  # some end before others
-    for story in told:
-        assert story.ids.count(teller.end_of_text) == (story.state == "the end")
+def test_whoever_leaves_makes_room_and_too_many_are_told_so(app, space, client, monkeypatch):
+    def come(count: int) -> list[HTTPConnection]:
+        body = json.dumps({"prompt": "Once", "num_samples": 4, "max_new_tokens": 1000})
+        connections = [HTTPConnection("127.0.0.1", space.port, timeout=60) for _ in range(count)]
+        for connection in connections:
+            connection.request("POST", "/stories", body, {"content-type": "application/json"})
+        return connections
+
+    def first_event(connection: HTTPConnection) -> dict:
+        return json.loads(connection.getresponse().readline()[6:])
+
+    with slowed(space.process):
+        served = come(app.AT_ONCE)
+        assert all("given" in first_event(visitor) for visitor in served)
+        waiting = come(2)
+        assert sorted(first_event(visitor)["place"] for visitor in waiting) == [1, 2]
+    for visitor in (*served, *waiting):
+        visitor.sock.close()
+    assert space.stories("Once")
+    monkeypatch.setattr(app, "MOST_VISITORS", 0)
+    response = client.post("/stories", json={"prompt": "Once"})
+    assert response.status_code == 503 and "Too many visitors" in response.json()["detail"]
+
+
+def test_every_setting_is_that_of_generate(app, published):
+    model = published.model
+
+    def texts(**settings) -> list[str]:
+        wish = app.Wish(prompt="One day", seed=7, num_samples=3, **settings)
+        return put_together(app.generate(published, wish, every=0))
+
+    settings = {"max_new_tokens": 25, "temperature": 1.3, "top_k": 9, "top_p": 0.7}
+    expected = generated(model, "One day", (7, 8, 9), **settings)
+    assert texts(**settings) == expected
+    for name, other in zip(settings, (24, 0.8, 2, 0.1), strict=True):
+        changed = settings | {name: other}
+        others = generated(model, "One day", (7, 8, 9), **changed)
+        assert others != expected and texts(**changed) == others
+    expected = generated(model, "One day", (7, 8, 9), **settings | {"top_k": None, "top_p": None})
+    assert texts(**settings | {"top_k": 0, "top_p": 1}) == expected
+
+
+def test_a_story_has_one_end_and_says_how_it_ended(app, published):
+    wish = app.Wish(prompt="One day", num_samples=4, max_new_tokens=400, temperature=1.3, top_k=0)
+    for every in (0, 0.01, 1000):
+        first, *events = app.generate(published, wish, every=every)
+        ids = [list(first["ids"]) for _ in range(4)]
+        for event in events:
+            for story, told in zip(ids, event["told"], strict=True):
+                story += told[0]
+        states = [told[2] for told in events[-1]["told"]]
+        assert len({len(story) for story in ids}) > 1 and "telling" not in states
+        for story, state in zip(ids, states, strict=True):
+            assert story.count(published.end_of_text) == (state == "the end")
     for length in (64, 65):
-        *_, (html, _) = answers.tell(" a" * length, "7", 1, 1, 1.3, 0, 1)
-        assert ("its last 64 were read" in html) == (length > 64)
+        first, *_ = app.generate(published, app.Wish(prompt=" a" * length))
+        assert (first["unread"], len(first["ids"])) == (length - 64, 64)
+
+
+def test_broken_weights_are_a_sentence(published, client):
+    with torch.no_grad():
+        published.model.wte.weight.fill_(torch.nan)
+    assert "logits are not finite" in client.post("/stories", json={"prompt": "Once"}).text
 
 
 # --- What it shows inside ---
 
 
-def test_what_is_shown_is_what_the_model_computed_while_telling(app, space):
+def test_what_is_shown_is_what_the_model_computed_while_telling(app, published):
     """Also where the context was full and its last half was read again."""
-    model, ids = space.model, torch.tensor([[5, 6, 7]])
-    teller = app.Storyteller("tiny", model, None)
+    model, given = published.model, [5, 6, 7]
     seen = []
     head = model.lm_head.register_forward_hook(lambda _, inputs, out: seen.append(out[0]))
     drawn = torch.Generator().manual_seed(1)
-    told = [int(token) for token in model.stream(ids, 150, generator=drawn)]
+    told = [int(token) for token in model.stream(torch.tensor([given]), 150, generator=drawn)]
     head.remove()
-    story = app.Story(1, 3, [5, 6, 7, *told])
-    expected = torch.stack(seen).softmax(-1)
-    probabilities = app.token_probabilities(teller, story)
+    ids, expected = given + told, torch.stack(seen).softmax(-1)
+    probabilities = app.token_probabilities(published, ids)
     assert probabilities[0] is None and len(probabilities) == 153
     torch.testing.assert_close(
         torch.tensor(probabilities[3:]), expected.gather(1, torch.tensor(told)[:, None])[:, 0]
     )
     for index in (3, 4, 64, 65, 66, 100, 152):
-        start = app.window_start(story, index, 64)
-        after = app.probabilities(teller, story.ids[start:index])[-1]
-        torch.testing.assert_close(after, expected[index - 3])
+        p = expected[index - 3]
+        shown = app.likeliest(published, ids, index)
+        most = p.topk(10)
+        assert [token for token, *_ in shown["likeliest"]] == most.indices.tolist()
+        found = torch.tensor([p for *_, p in shown["likeliest"]])
+        torch.testing.assert_close(found, most.values)
+        rank, own = shown["told"]
+        assert rank == int((p > p[ids[index]]).sum()) + 1
+        assert own == pytest.approx(p[ids[index]].item(), rel=1e-4)
+        assert len(ids[shown["start"] : index]) <= 64
 
 
-def input_of(module, call) -> torch.Tensor:
-    """What `module` is given while `call` runs."""
-    caught = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    call()
-    hook.remove()
-    return caught[0]
+def test_the_pictures_are_the_weights_of_the_models_own_attention(client, published):
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    for layer in range(2):
+        body = client.post("/attention", json={"ids": ids, "layer": layer}).content
+        weights = np.frombuffer(body, "<u2").reshape(2, 8, 8) / 65535
+        expected = published.model.attention_weights(torch.tensor([ids]), layer)[0]
+        assert np.abs(weights - expected.detach().numpy()).max() < 1e-5
 
 
-def test_the_pictures_are_the_weights_of_the_models_own_attention(app, space):
-    model, ids = space.model, [3, 1, 4, 1, 5, 9, 2, 6]
-    for layer, block in enumerate(model.h):
-        caught = input_of(block.attn, lambda: model(torch.tensor([ids])))
-        weights = app.attention_weights(app.Storyteller("tiny", model, None), ids, layer)
-        q, k, v = block.attn.heads(caught)
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0]
-        torch.testing.assert_close(weights @ v[0], y)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+def test_characters_of_several_tokens_are_shown_whole(app, published):
+    text = "The 日本 dog 👩‍👩‍👧‍👦 يوم"
+    ids = published.encode(text)
+    pieces = app.pieces(published, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text and "" in pieces
+    broken = published.encode("日")[:1]
+    assert app.pieces(published, [*broken, *published.encode(" dog")])[-1].endswith("g")
 
 
-def test_what_is_said_of_a_choice(app, teller):
-    """Likely or not: which was taken, its place and probability, and where the heads looked."""
-    answers, angle = app.Answers(teller), teller.encode("<")[0]
-    for place in (0, 3, 9, 10, 400):
-        ids = [5, angle, 7]
-        p, order = app.probabilities(teller, ids)[-1].sort(descending=True)
-        story = app.Story(7, 2, [*ids, order[place].item(), 9])
-        html = answers.detail(story, 3, "2")
-        rows = re.findall(r"<li( class=.told.)?><code>(.*?)</code>.*?<b>(.*?)</b>", html)
-        taken = [i for i, row in enumerate(rows) if row[0]]
-        assert taken == [min(place, 10)] and len(rows) == (11 if place > 9 else 10)
-        assert rows[taken[0]][1] == app.spelled(teller, story.ids[3])
-        number = f"no. {place + 1}: " * (place > 9)
-        assert rows[taken[0]][2] == number + app.percent(p[place].item())
-    assert "the heads of layer 2 looked" in html and "<p>Nothing" in answers.detail(story, 0, "1")
-    assert app.spelled(teller, angle) == "&lt;"
-    assert app.show_tokens(teller, story, 2).count(">&lt;</span>") == 1
-    for head, weights in enumerate(app.attention_weights(teller, ids, 1), 1):
-        most = [f"{100 * w:.0f}&nbsp;%" for w in weights[-1].sort(descending=True).values.tolist()]
-        (caption,) = re.findall(f"Head {head}: (.*?)</figcaption>", html)
-        assert re.findall(r"\d+&nbsp;%", caption) == most
-    kinds = re.findall(r'class="(first|given|told)"', app.show_tokens(teller, story, 2))
-    assert kinds == ["first", "given", "told", "told", "told"]
-
-
-def test_a_model_published_by_an_older_version_is_shown_without_its_heads(app, teller, monkeypatch):
+def test_nonsense_is_refused_and_an_older_model_shown_without_its_heads(client, monkeypatch):
+    for path, body in (
+        ("/tokens", {"ids": [512]}),
+        ("/tokens", {"ids": [-1]}),
+        ("/tokens", {"ids": []}),
+        ("/tokens", {"ids": [1] * (64 + 1001)}),
+        ("/likeliest", {"ids": [1, 2], "index": 2}),
+        ("/likeliest", {"ids": [1, 2], "index": 0}),
+        ("/attention", {"ids": [1] * 65}),
+        ("/attention", {"ids": [1], "layer": 2}),
+    ):
+        assert client.post(path, json=body).status_code == 422, (path, body)
     monkeypatch.delattr(GPT, "attention_weights")
-    html = app.Answers(teller).detail(app.Story(7, 2, [5, 6, 7, 8]), 3, "2")
-    assert "publish this model again" in html and html.count("<li") >= 10
-
-
-def test_the_story_that_is_asked_for_is_opened_and_an_open_one_stays(app, teller):
-    answers = app.Answers(teller)
-    *_, (_, told) = answers.tell("One day", "7", 3, 5, 0.8, 100, 1)
-    _, looked, *_ = answers.look_at(told, "1", SimpleNamespace(index=1))
-    assert looked == (told[1], told[1].given)
-    assert "__type__" in answers.look_at_latest(told, looked, "1")  # nothing changes
-    *_, (_, others) = answers.tell("Once", "7", 1, 5, 0.8, 100, 1)
-    assert answers.look_at_latest(others, looked, "1")[1] == (others[0], others[0].given)
-    told[0].state, told[1].state, told[2].state = "telling", "the end", "length reached"
-    answers.stop(told)
-    assert [story.state for story in told] == ["stopped", "the end", "length reached"]
+    answer = client.post("/attention", json={"ids": [1]})
+    assert answer.status_code == 404 and "publish it again" in answer.json()["detail"]
+    assert client.post("/tokens", json={"ids": [1, 2]}).status_code == 200
 
 
 # --- In the browser ---
@@ -405,18 +554,38 @@ def browser(tmp_path_factory):
     ).split():
         options.add_argument(f"--{flag}")
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
+        chrome.set_script_timeout(60)
         yield chrome
 
 
-class Visitor:
-    """Someone at the page, by CSS selectors."""
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """axe-core's script, which finds what keeps people out of a page."""
+    path = os.environ.get("AXE_CORE", "")
+    if not path:
+        pytest.skip("AXE_CORE names no axe.min.js: npm install axe-core")
+    return Path(path).read_text(encoding="utf-8")
 
-    def __init__(self, browser, url: str, width: int = 1200, dark: bool = False):
+
+TELL = "#tell, #another, #openings button"
+
+
+class Visitor:
+    """Someone at the page, by CSS selectors, in a tab of their own."""
+
+    def __init__(
+        self, browser, url: str, width: int = 1280, dark: bool = False, still: bool = True
+    ):
         self.browser = browser
+        browser.switch_to.new_window("tab")
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(url + ("?__theme=dark" if dark else ""))
-        until(lambda: self.all("#start"))
+        wishes = {"prefers-color-scheme": "dark" if dark else "light"}
+        wishes["prefers-reduced-motion"] = "reduce" if still else "no-preference"
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.get(url)
+        until(lambda: self.all("article footer"))
 
     def all(self, selector: str) -> list:
         return self.browser.find_elements("css selector", selector)
@@ -425,25 +594,85 @@ class Visitor:
         return "".join(e.get_property("textContent") for e in self.all(selector))
 
     def click(self, selector: str) -> None:
+        if selector in TELL:
+            self.mark_what_is_there()
         until(lambda: self.all(selector)[0].click() or True if self.all(selector) else False)
 
-    def type(self, label: str, text: str) -> None:
-        """Replaces what a field with that label holds, as fingers do."""
-        field = until(lambda: self.field(label))
-        field.send_keys("\ue009a\ue000", text, "\ue004")  # Ctrl-A, the text, Tab
+    def set(self, **settings) -> None:
+        """Fills in fields by their names, as fingers do; a slider, as a hand does."""
+        if not self.run("document.querySelector('details').open"):
+            self.click("summary")
+        for name, value in settings.items():
+            field = self.all(f"[name={name}]")[0]
+            if field.get_attribute("type") == "range":
+                self.run(f"(document.querySelector('[name={name}]').value = {value})")
+            else:
+                field.send_keys("\ue009a\ue000\ue003", str(value))  # Ctrl-A, Backspace
 
-    def field(self, label: str):
-        inner = "//label[contains(., '{0}')]//*[self::textarea or self::input]"
-        inner += " | //input[@type='number'][contains(@aria-label, '{0}')]"
-        return self.browser.find_element("xpath", inner.format(label))
+    def mark_what_is_there(self) -> None:
+        """Marks the stories that are not meant by those asked for next."""
+        self.run("document.querySelectorAll('article').forEach((a) => (a.title = 'of before'))")
 
-    def tell(self, seed: int = 1337) -> None:
+    def told(self, *seeds: int) -> list[str]:
+        """The stories of those seeds, once those asked for last have come to their end."""
+        wanted = [f"Seed {seed} ·" for seed in seeds]
+
+        def done() -> bool:
+            counts = [footer.text for footer in self.all("article footer")]
+            whole = [c.startswith(w) for c, w in zip(counts, wanted, strict=False)]
+            of_before = self.all("article.telling, article[title]")
+            return len(counts) == len(seeds) and all(whole) and not of_before
+
+        until(done)
+        return [e.get_property("textContent") for e in self.all("article p")]
+
+    def tell(self, seed: int = 1337) -> str:
         """Clicks Tell and waits for the end of that seed's story."""
-        self.click("#start")
-        until(lambda: f"Seed {seed} " in self.text("article") and not self.all("article.telling"))
+        self.click("#tell")
+        return self.told(seed)[0]
+
+    def look_inside(self, number: int = 1) -> None:
+        self.click(f"article:nth-child({number}) footer button:last-child")
+        until(lambda: self.all("#heads figure"))
 
     def run(self, script: str):
         return self.browser.execute_script(f"return {script}")
+
+    def press(self, keys: str) -> None:
+        tells = self.run(f"document.activeElement.matches('{TELL}, #prompt')")
+        if tells and keys in ("\ue007", " "):
+            self.mark_what_is_there()
+        self.browser.switch_to.active_element.send_keys(keys)
+
+    def tab_to(self, selector: str) -> None:
+        """Presses Tab until the focus is there."""
+        for _ in range(40):
+            if self.run(f"document.activeElement.matches('{selector}')"):
+                return
+            self.press("\ue004")
+        raise AssertionError(f"the keyboard does not reach {selector}")
+
+    def shows_the_chosen(self) -> bool:
+        """Whether what is said of a token is said of the one that is chosen."""
+        chosen = self.text("#tokens [aria-selected=true]")
+        return self.text("#place code").replace("␣", " ") == chosen
+
+    def fits(self) -> bool:
+        return self.run("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_whoever_comes_is_told_a_story_that_costs_nothing(space, browser):
+    visitor = Visitor(browser, space.url, still=False)
+    assert visitor.all("article.telling")
+    lengths = set()
+    until(lambda: lengths.add(len(visitor.text("article p"))) or len(lengths) > 3)
+    (expected,) = generated(space.model, OPENING)
+    assert visitor.told(1337) == [expected]
+    asked = "performance.getEntriesByType('resource').map((entry) => entry.name)"
+    assert visitor.run(asked) == []  # neither of this server nor of any other
+    assert expected in unescape(
+        space.request("GET", "/")[1].decode()
+    )  # also for whoever runs no script
 
 
 def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space, browser):
@@ -453,15 +682,12 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
     endless = next(
         p for p in starts if not generate_stories(space.model, p, [1337], greedy)[0].ended
     )
-    visitor.type("How the story begins", endless)
-    visitor.run("document.querySelector('.label-wrap').click()")
-    visitor.type("Length", "1000")
-    visitor.type("Temperature", "0")
+    visitor.set(prompt=endless, max_new_tokens=1000, temperature=0)
     with slowed(space.process):
-        visitor.click("#start")
-        until(lambda: "Seed 1337 " in visitor.text("article"))
+        visitor.click("#tell")
+        until(lambda: "Seed 1337 ·" in visitor.text("article") and visitor.all("article.telling"))
         visitor.click("#another")
-        until(lambda: "Seed 1338 " in visitor.text("article"))
+        until(lambda: "Seed 1338 ·" in visitor.text("article"))
         lengths, seeds = set(), set()
         until(
             lambda: (
@@ -471,32 +697,36 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
             )
         )
         assert seeds == {"Seed 1338"}  # the one before is told no further
+        assert visitor.text("#status") == "Telling …"
         visitor.click("#stop")
-        until(lambda: visitor.all("article.stopped"))
+        until(lambda: "stopped" in visitor.text("article"))
+    assert visitor.text("#status") == "Stopped."
     stopped = visitor.text("article p")
     time.sleep(1)
     assert visitor.text("article p") == stopped and stopped.startswith(endless)
 
-    visitor.type("How the story begins", "The dog ran")
-    visitor.type("Temperature", "0.8")
-    visitor.type("Length", "40")
-    visitor.type("Seed", "7")
-    visitor.tell(7)
-    story = visitor.text("article p")
-    settings = GenerationSettings(max_new_tokens=40)
-    assert story == generate_stories(space.model, "The dog ran", [7], settings)[0].text
-    visitor.click("article button")
-    until(lambda: visitor.all(".bars li"))
-    pieces = [e.get_property("textContent") for e in visitor.all(".tokens [role=option]")]
+    visitor.set(prompt="The dog ran", temperature=0.8, max_new_tokens=40, seed=7)
+    story = visitor.tell(7)
+    assert [story] == generated(space.model, "The dog ran", [7], max_new_tokens=40)
+    assert visitor.text("#said").startswith(story)  # what a screen reader reads
+    visitor.look_inside()
+    pieces = [e.get_property("textContent") for e in visitor.all("#tokens [role=option]")]
     assert "".join(pieces).replace("↵", "").removesuffix("the end") == story
     for index in (3, 20):
-        visitor.click(f".tokens [data-index='{index}']")
+        visitor.click(f"#tokens span:nth-child({index + 1})")
         until(partial(shows_the_ten_likeliest, visitor, space.model, story, index))
-    assert "before temperature, top-k and top-p" in visitor.text(".choice")
-    assert len(visitor.all(".heads figure")) == space.model.config.n_head
-    assert "layer 2 looked" in visitor.text(".choice")
+    assert visitor.text("#who") == "came"
+    assert len(visitor.all("#heads figure")) == space.model.config.n_head
+    assert "layer 2 looked" in visitor.text("#layer")
     visitor.click("input[type=radio][value='1']")
-    until(lambda: "layer 1 looked" in visitor.text(".choice"))
+    until(lambda: "layer 1 looked" in visitor.text("#layer"))
+    until(partial(names_what_the_heads_took_from, visitor, space.model, story, 20, 0))
+
+
+def ids_of(model: GPT, story: str) -> list[int]:
+    from storygpt.tokenizer import load_tokenizer
+
+    return load_tokenizer(model.config.vocab_size).encode_ordinary(story)
 
 
 def shows_the_ten_likeliest(visitor, model: GPT, story: str, index: int) -> bool:
@@ -504,67 +734,266 @@ def shows_the_ten_likeliest(visitor, model: GPT, story: str, index: int) -> bool
 
     Half a unit of the third digit is at most 5 in a thousand.
     """
-    from storygpt.tokenizer import load_tokenizer
-
-    ids = load_tokenizer(model.config.vocab_size).encode_ordinary(story)[:index]
+    ids = ids_of(model, story)
     with torch.no_grad():
-        expected = model(torch.tensor([ids]))[0][0, -1].softmax(-1).topk(10).values
-    shown = [e.get_property("textContent") for e in visitor.all(".bars b")][:10]
-    numbers = torch.tensor([float(percent.removesuffix(" %")) / 100 for percent in shown])
-    return len(shown) == 10 and torch.allclose(numbers, expected, rtol=5.1e-3, atol=0)
+        expected = model(torch.tensor([ids[:index]]))[0][0, -1].softmax(-1)
+    shown = [e.get_property("textContent") for e in visitor.all("#bars b")]
+    numbers = torch.tensor([float(p.removesuffix(" %").split(": ")[-1]) / 100 for p in shown])
+    rank = int((expected > expected[ids[index]]).sum()) + 1
+    most = expected.topk(10).values
+    if rank > 10:
+        most = torch.cat([most, expected[ids[index], None]])
+    marked = [i for i, row in enumerate(visitor.all("#bars li")) if row.get_attribute("class")]
+    return (
+        len(shown) == len(most)
+        and torch.allclose(numbers, most, rtol=5.1e-3, atol=0)
+        and marked == [min(rank, 11) - 1]
+        and (rank <= 10 or f"no. {rank}: " in shown[-1])
+    )
+
+
+def names_what_the_heads_took_from(visitor, model, story: str, index: int, layer: int) -> bool:
+    """Whether each head's caption has the largest of its last row, and the mouse names a cell."""
+    ids = ids_of(model, story)[:index]
+    with torch.no_grad():
+        weights = model.attention_weights(torch.tensor([ids]), layer)[0]
+    captions = [e.get_property("textContent") for e in visitor.all("#heads figcaption")]
+    shown = [re.findall(r" (\d+) %", caption) for caption in captions]
+    most = weights[:, -1].topk(3).values
+    if shown != [[f"{100 * p:.0f}" for p in row] for row in most.tolist()]:
+        return False
+    canvas = visitor.all("#heads canvas.map")[1]
+    canvas.send_keys("\ue012")  # the arrow to the left, from the last cell
+    hint = visitor.all("#heads .hint")[1].get_property("textContent")
+    share = float(re.search(r": ([\d.]+) %", hint)[1])
+    return abs(share - 100 * weights[1, -1, -2].item()) < 0.01 + share / 150
 
 
 def test_markup_in_a_prompt_is_text(space, browser):
     visitor = Visitor(browser, space.url)
     evil = "<img src=x onerror=\"document.title='run'\"> ${document.title='run'} {{value}} <b>b</b>"
-    visitor.type("How the story begins", evil)
-    visitor.tell()
-    assert visitor.text("article p").startswith(evil)
-    visitor.click("article button")
-    until(lambda: visitor.all(".bars li"))
-    assert visitor.text(".tokens").startswith(evil)
-    assert not visitor.all(".tokens img, .tokens b, article img, article b")
+    visitor.set(prompt=evil)
+    assert visitor.tell().startswith(evil)
+    visitor.look_inside()
+    assert visitor.text("#tokens").startswith(evil)
+    assert not visitor.all("#tokens img, #tokens b, article img, article b")
     assert visitor.run("document.title") == "StoryGPT"
 
 
-def test_a_seed_that_is_no_number_is_a_sentence_on_the_page(space, browser):
+def test_a_setting_that_is_none_is_shown_where_it_stands(space, browser):
     visitor = Visitor(browser, space.url)
-    visitor.run("document.querySelector('.label-wrap').click()")
-    visitor.type("Seed", "abc")
-    visitor.click("#start")
-    until(lambda: "The seed must be a whole number." in visitor.text(".toast-body"))
-    visitor.type("Seed", "8")
+    visitor.set(seed="")
+    visitor.click("summary")  # closed again
+    visitor.click("#tell")
+    until(lambda: visitor.run("document.activeElement.name") == "seed")
+    assert visitor.run("document.querySelector('details').open")
+    visitor.set(seed=8)
     visitor.click("#another")
-    until(lambda: "Seed 9" in visitor.text("article"))
+    visitor.told(9)
+
+
+def test_a_prompt_has_its_bounds_said(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.set(prompt=" a" * 70)
+    visitor.tell()
+    assert "sees only the last 64 of these 70 tokens" in visitor.text("#room")
+    visitor.run("(document.querySelector('#prompt').value = 'x'.repeat(4999))")
+    visitor.all("#prompt")[0].send_keys("yz")  # of which there is room for one
+    assert "room for: 5000 characters" in visitor.text("#room")
+
+
+def test_an_opening_tells_when_it_is_chosen(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.set(prompt="Tom", seed=3)
+    visitor.click("#openings button")
+    story = visitor.told(3)[0]
+    assert [story] == generated(space.model, OPENING, [3])
+
+
+def test_a_link_tells_the_same_stories_to_somebody_else(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.set(prompt="«Où?» & #1=2\n+ 日本", seed=11, num_samples=4, max_new_tokens=30)
+    visitor.set(temperature=1.25, top_k=50, top_p=0.9)
+    visitor.click("#tell")
+    told = visitor.told(11, 12, 13, 14)
+    visitor.run("(navigator.clipboard.writeText = async (text) => { window.copied = text })")
+    visitor.click("#link")
+    link = until(lambda: visitor.run("window.copied"))
+    visitor.click("article button")
+    assert until(lambda: visitor.run("window.copied") != link and visitor.run("copied")) == told[0]
+
+    other = Visitor(browser, link)
+    assert other.told(11, 12, 13, 14) == told
+    assert other.run("document.querySelector('#temperature').value") == "1.25"
+    wrong = Visitor(
+        browser, link.replace("seed=11", "seed=x").replace("num_samples=4", "num_samples=9")
+    )
+    assert wrong.told(1337)  # what is no setting is asked about, and nothing is told
+
+
+def test_a_reload_loses_nothing(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.set(prompt="Tom said", seed=5, max_new_tokens=30)
+    story = visitor.tell(5)
+    visitor.set(prompt="Not yet told")
+    visitor.look_inside()
+    visitor.click("#tokens span:nth-child(9)")
+    until(visitor.shows_the_chosen)
+    place = visitor.text("#place")
+    visitor.browser.refresh()
+    until(lambda: visitor.text("#place") == place)
+    assert not visitor.run("performance.getEntriesByType('resource')").count("stories")
+    visitor.click("#back")
+    until(lambda: visitor.run("document.activeElement.ariaLabel") == "Look inside: seed 5")
+    assert visitor.told(5) == [story]
+    assert visitor.run("document.querySelector('#prompt').value") == "Not yet told"
+
+
+@pytest.fixture
+def served_again(space):
+    """The page answers to the next test, whatever has become of the server."""
+    yield
+    if space.process.poll() is not None:
+        space.start()
+
+
+def test_waiting_is_shown_and_a_broken_connection_mended(space, browser, served_again):
+    visitor = Visitor(browser, space.url)
+    body = json.dumps({"prompt": "Once", "num_samples": 4, "max_new_tokens": 1000})
+    others = [HTTPConnection("127.0.0.1", space.port, timeout=60) for _ in range(20)]
+    visitor.set(prompt="Tom said", max_new_tokens=1000)
+    with slowed(space.process):
+        for other in others:
+            other.request("POST", "/stories", body, {"content-type": "application/json"})
+        visitor.click("#tell")
+        until(lambda: re.fullmatch(r"You are number \d+ in the queue\.", visitor.text("#status")))
+        for other in others:
+            other.close()
+        until(lambda: visitor.text("#status") == "Telling …")
+    space.process.kill()
+    space.process.wait()
+    until(lambda: "Reconnecting" in visitor.text("#status"))
+    space.start()
+    assert visitor.told(1337) == generated(space.model, "Tom said", max_new_tokens=1000)
+    visitor.set(prompt="She saw", seed=2)
+    space.process.send_signal(signal.SIGSTOP)
+    visitor.click("#tell")
+    until(lambda: "The server is slow" in visitor.text("#status"))
+    space.process.send_signal(signal.SIGCONT)
+    visitor.told(2)
+    space.process.kill()
+    space.process.wait()
+    visitor.set(prompt="A big")
+    visitor.click("#tell")
+    until(lambda: "The server does not answer" in visitor.text("#status"))
+    visitor.click("article button:last-child")
+    until(lambda: "The server does not answer" in visitor.text("#looking"))
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phones_width_and_the_keyboard(space, browser, dark):
-    visitor = Visitor(browser, space.url, width=390, dark=dark)
-    field = visitor.field("How the story begins")
-    field.send_keys("\ue009a\ue000", "One day", "\ue007")  # Enter tells
-    until(lambda: visitor.all("article") and not visitor.all("article.telling"))
-    assert visitor.run("document.documentElement.scrollWidth") <= 390
-    keyboard = visitor.browser.switch_to
-    for _ in range(40):
-        if visitor.run("document.activeElement.matches('article button')"):
-            break
-        keyboard.active_element.send_keys("\ue004")
-    keyboard.active_element.send_keys("\ue007")
-    until(lambda: visitor.all(".bars li"))
-    assert visitor.run("document.documentElement.scrollWidth") <= 390
-    chosen = ".tokens [aria-selected=true]"
-    visitor.all(chosen)[0].send_keys("\ue014\ue014")  # the arrow to the right, twice
-    until(
-        lambda: (
-            visitor.text(".choice h3:first-child code").strip("␣") == visitor.text(chosen).strip()
-        )
-    )
+@pytest.mark.parametrize("width", [320, 1280])
+def test_the_keyboard_reaches_and_uses_everything(space, browser, width, dark):
+    visitor = Visitor(browser, space.url, width=width, dark=dark)
+    tab, enter, blank, right, end = "\ue004", "\ue007", " ", "\ue014", "\ue010"
+    visitor.tab_to("#prompt")
+    visitor.press("\ue009a\ue000One day")
+    visitor.press(enter)  # as in a search box
+    assert visitor.told(1337)[0].startswith("One day")
+    assert visitor.run("document.activeElement.id") == "prompt"  # where it was
+    visitor.tab_to("#openings button")
+    visitor.press(enter)
+    assert visitor.told(1337)[0].startswith(OPENING)
+    visitor.tab_to("summary")
+    visitor.press(blank)
+    for name in ("seed", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p"):
+        visitor.tab_to(f"[name={name}]")
+        before = visitor.run("document.activeElement.value")
+        visitor.press("\ue013" if name != "top_p" else "\ue015")  # up, but down from the most
+        assert visitor.run("document.activeElement.value") != before, name
+    visitor.tab_to("article:last-child footer button:last-child")  # of what was told before
+    visitor.run("document.querySelector('#tell').focus()")
+    visitor.press(blank)
+    visitor.told(1338, 1339)
+    visitor.tab_to("#another")
+    visitor.press(enter)
+    visitor.told(1340, 1341)
+    visitor.tab_to("#link")
+    visitor.press(enter)
+    until(lambda: visitor.text("#link") == "Copied")
+    visitor.tab_to("article footer button:last-child")
+    assert visitor.fits()
+    visitor.press(enter)
+    until(lambda: visitor.all("#heads figure"))
+    assert visitor.fits()
+    visitor.tab_to("#tokens [role=option]")
+    chosen = "#tokens [aria-selected=true]"
+    visitor.press(right + right)
+    until(visitor.shows_the_chosen)
     assert visitor.run(f"document.activeElement === document.querySelector('{chosen}')")
     assert len(visitor.all(chosen)) == 1
-    visitor.all(chosen)[0].send_keys("\ue010")  # End
-    until(lambda: visitor.all(".tokens [role=option]")[-1].get_attribute("aria-selected") == "true")
-    for selector in (".tokens .told", ".tokens .given", ".bars b", ".note"):
+    visitor.press(end)
+    last = "#tokens [role=option]:last-child"
+    until(lambda: visitor.run(f"document.activeElement === document.querySelector('{last}')"))
+    visitor.tab_to("#layers input")
+    visitor.press("\ue013")
+    until(lambda: "layer 1 looked" in visitor.text("#layer"))
+    visitor.tab_to("canvas")
+    visitor.press(right)
+    until(lambda: visitor.text(".hint"))
+    visitor.run("document.querySelector('#whose').focus()")
+    visitor.browser.switch_to.active_element.send_keys("\ue008" + tab)  # Shift-Tab
+    assert visitor.run("document.activeElement.id") == "back"
+    visitor.press(enter)
+    until(lambda: visitor.run("document.activeElement.ariaLabel") == "Look inside: seed 1340")
+    assert visitor.fits()
+
+
+def test_a_phone_scrolls_to_the_story(space, browser):
+    visitor = Visitor(browser, space.url, width=390)
+    visitor.set(prompt="One day")  # which opens the settings
+    visitor.run("scrollTo(0, 0)")
+    visitor.click("#tell")
+    top = "document.querySelector('article').getBoundingClientRect().top"
+    until(lambda: 0 <= visitor.run(top) < 450)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_keeps_anybody_out(space, browser, axe, width, dark):
+    visitor = Visitor(browser, space.url, width=width, dark=dark, still=False)
+
+    def violations() -> list[str]:
+        browser.execute_script(axe)
+        found = browser.execute_async_script(
+            "axe.run({resultTypes: ['violations']}).then((found) => arguments[0](found.violations))"
+        )
+        return [f"{v['help']}: {[node['html'] for node in v['nodes']]}" for v in found]
+
+    assert visitor.all("article.telling") and violations() == []
+    visitor.told(1337)
+    assert violations() == []
+    visitor.set(prompt="", num_samples=4, max_new_tokens=20)
+    assert violations() == []
+    visitor.click("#tell")
+    visitor.told(1337, 1338, 1339, 1340)
+    assert violations() == []
+    visitor.look_inside(2)
+    assert violations() == []
+    for text in ("You are number 53 in the queue.", "The server does not answer."):
+        visitor.click("#back") if visitor.all("#back")[0].is_displayed() else None
+        visitor.run(f"(document.querySelector('#status').textContent = '{text}')")
+        assert violations() == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_tokens_can_be_read_on_their_colours(space, browser, dark):
+    """Which axe cannot judge: where they are inline, and mixed in another space."""
+    visitor = Visitor(browser, space.url, dark=dark)
+    visitor.look_inside()
+    for share in range(0, 101, 10):
+        visitor.run(f"document.querySelector('#tokens .told').style.setProperty('--p', '{share}%')")
+        assert contrast(visitor, "#tokens .told") >= 4.5, share
+    for selector in ("#bars li.told b", "#tokens .given", "#pieces"):
         assert contrast(visitor, selector) >= 4.5, selector
 
 
@@ -575,7 +1004,7 @@ def contrast(visitor, selector: str) -> float:
         channels(visitor.run(color))
         for color in (
             f"{element}.color",
-            "getComputedStyle(document.querySelector('gradio-app')).backgroundColor",
+            "getComputedStyle(document.body).backgroundColor",
             f"{element}.backgroundColor",
         )
     )
