@@ -12,8 +12,13 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PresetName = Literal["demo", "3m", "10m", "30m", "storygpt", "gpt2"]
 
 
+class InputError(ValueError):
+    """Something the user can mend. Scripts print its one sentence and exit with status 1."""
+
+
 def may_change(default):
-    """Declares a field in which a resumed run may differ: it says when and where, not what."""
+    """Declares a field in which a resumed run may differ: it decides when and where things are
+    done, not what is learned."""
     return field(default=default, metadata={"may_change": True})
 
 
@@ -83,7 +88,8 @@ class TrainingConfig:
     keep_interval: int = may_change(0)
     """Steps between weights kept for good, as StoryGPT_step_005000.pt; 0 keeps none."""
     dtype: Precision = "auto"
-    """Precision of the matrix products; auto takes bfloat16 where the GPU or CPU has it."""
+    """Precision of the matrix products; auto takes bfloat16 where the GPU or CPU has it, else
+    float16 on CUDA and float32 elsewhere."""
     device: str = may_change("auto")
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
     compile: bool | None = may_change(None)
@@ -105,14 +111,15 @@ class TrainingConfig:
 
         Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
         """
-        match self.optimizer:
-            case "adamw":
-                chosen = 3e-4
-            case "muon":
-                chosen = 2 / n_embd
-            case _:
-                raise InputError(f"there is no learning rate for {self.optimizer}: pass one")
-        peak = chosen if self.learning_rate is None else self.learning_rate
+        peak = self.learning_rate
+        if peak is None:
+            match self.optimizer:
+                case "adamw":
+                    peak = 3e-4
+                case "muon":
+                    peak = 2 / n_embd
+                case _:
+                    raise InputError(f"no learning rate is known for {self.optimizer}: pass one")
         least = peak / 10 if self.min_lr is None else self.min_lr
         warmup = self.warmup_steps
         warmup = min(1_000, self.max_steps // 10) if warmup is None else warmup
@@ -187,10 +194,6 @@ def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:
 
 
 # --- Checks ---
-
-
-class InputError(ValueError):
-    """Something the user can mend. Scripts print its one sentence and exit with status 1."""
 
 
 MAX_VOCAB_SIZE = 2**16  # token files are uint16

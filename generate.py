@@ -85,7 +85,9 @@ def converse(model, arguments: Arguments) -> None:
         except KeyboardInterrupt:
             print()
         except EOFError:
-            return print() if question else None
+            if question:
+                print()
+            return
 
 
 def tell_aloud(model, arguments: Arguments) -> None:
@@ -108,12 +110,14 @@ def tell_aloud(model, arguments: Arguments) -> None:
     device = model.wte.weight.device
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     idx = torch.tensor([start] * len(seeds), device=device)
-    sampling = (arguments.temperature, arguments.top_k, arguments.top_p)
-    check_sampling(idx, arguments.max_new_tokens, *sampling)  # before the prompt is shown
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p")
+    }
+    check_sampling(idx, **settings)  # before the prompt is shown
     columns = model.stream(
         idx,
-        arguments.max_new_tokens,
-        *sampling,
+        **settings,
         end_of_text=tokenizer.eot_token,
         generator=generators(seeds, device),
     )
@@ -138,7 +142,7 @@ def show(text: str) -> None:
 
 
 def hint(text: str) -> None:
-    """To stderr, so that redirected stdout is the stories alone."""
+    """Prints to stderr, so that redirected stdout is the stories alone."""
     print(text, file=sys.stderr)
 
 

@@ -18,7 +18,7 @@ from config import GPTConfig, InputError
 
 
 def attention_weights(q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
-    """softmax(q kᵀ / √d): how much each query attends to each key (Vaswani et al., 2017,
+    """Computes softmax(q kᵀ / √d): how much each query attends to each key (Vaswani et al., 2017,
     arXiv:1706.03762).
 
     q is (..., T, d), k is (..., S, d); returns (..., T, S). With `is_causal` query t sees keys 0
@@ -34,13 +34,15 @@ def attention_weights(q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
 def written_out_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ / √d) v, the equation itself: y (..., T, d), and the weights (..., T, S)."""
+    """Computes softmax(q kᵀ / √d) v, the equation itself: y (..., T, d), and the weights (..., T,
+    S)."""
     weights = attention_weights(q, k, is_causal)
     return F.dropout(weights, dropout_p) @ v, weights
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
-    """The same y by torch's fused kernel; written out, as in the reference, for a torch without."""
+    """Computes the same y by torch's fused kernel; written out, as in the reference, for a torch
+    without."""
     if hasattr(F, "scaled_dot_product_attention"):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
     return written_out_attention(q, k, v, dropout_p, is_causal)[0]
@@ -52,7 +54,7 @@ class CausalSelfAttention(nn.Module):
     With a `cache` (see `KVCache`), the T tokens of `x` follow those in it, and are added to it.
     """
 
-    # storygpt/kernels.py may put in another way to it; with dropout its draws differ.
+    # storygpt/kernels.py may replace this by a faster one, whose dropout draws differ.
     attention = staticmethod(attention)
 
     def __init__(self, config: GPTConfig):
@@ -63,13 +65,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) to queries, keys and values of all heads, each (B, n_head, T, d)."""
+        """Turns (B, T, C) into queries, keys and values of all heads, each (B, n_head, T, d)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         return qkv.permute(2, 0, 3, 1, 4).unbind()
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, n_head, T, T): how much each token takes from each."""
+        """Turns (B, T, C) into (B, n_head, T, T): how much each token takes from each."""
         q, k, _ = self.heads(x)
         return attention_weights(q, k, is_causal=True)
 
@@ -79,8 +81,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:  # the keys and values of all tokens so far
             k, v = cache.append(k, v)
-        # Several tokens are the first ones, each of which sees those up to itself; a single one is
-        # the newest, which may look at every key there is.
+        # Several tokens come only while the cache is empty (`hidden` sees to it), and each sees
+        # those up to itself; a single one is the newest, which may look at every key there is.
         y = self.attention(q, k, v, dropout, is_causal=T > 1)
         # the heads side by side again: (B, n_head, T, d) to (B, T, C)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -118,7 +120,8 @@ class Block(nn.Module):
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss in nats a token: x (N, C), output embedding (V, C), targets (N,) int64 to ()."""
+    """Computes the mean loss in nats a token: x (N, C), output embedding (V, C), targets (N,) int64
+    to ()."""
     logits = F.linear(x, weight).float()  # bfloat16 is too coarse for a loss
     return F.cross_entropy(logits, targets)
 
@@ -126,7 +129,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class GPT(nn.Module):
     """A decoder-only transformer with learned positions and tied input and output embeddings."""
 
-    # storygpt/kernels.py may put in another way to it, without (N, V) logits in memory.
+    # storygpt/kernels.py may replace this by one that keeps no (N, V) logits in memory.
     loss_function = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig):
@@ -151,11 +154,11 @@ class GPT(nn.Module):
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
     def num_parameters(self) -> int:
-        """Parameters, the shared embedding counted once."""
+        """Counts the parameters, the shared embedding once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """FLOPs of training on one token, forward and backward.
+        """Counts the FLOPs of training on one token, forward and backward.
 
         6 for every weight that multiplies, and 12 · n_layer · n_embd · context_length for
         attention (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
@@ -165,7 +168,7 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.context_length
 
     def embed(self, idx: Tensor, past: int = 0) -> Tensor:
-        """(B, T) int64 ids to (B, T, C): the sum of each token's vector and its place's.
+        """Turns (B, T) int64 ids into (B, T, C): the sum of each token's vector and its place's.
 
         The first stands at place `past`. Raises InputError where they do not fit the context.
         """
@@ -176,7 +179,8 @@ class GPT(nn.Module):
         return self.wte(idx) + places
 
     def attention_weights(self, idx: Tensor, layer: int) -> Tensor:
-        """(B, T) int64 ids to (B, n_head, T, T): how much each token takes from each in one layer.
+        """Turns (B, T) int64 ids into (B, n_head, T, T): how much each token takes from each in one
+        layer.
 
         Layers count from 0. Row t is of token t, and sums to 1.
         """
@@ -187,7 +191,7 @@ class GPT(nn.Module):
         return block.attn.weights(block.ln_1(x))
 
     def hidden(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
-        """(B, T) int64 ids to (B, T, C), what the blocks make of each token.
+        """Turns (B, T) int64 ids into (B, T, C), what the blocks make of each token.
 
         With a `cache` (see `new_cache`) the tokens follow those in it, and are added to it.
         Raises InputError where they do not fit the context, or are several after cached ones:
@@ -206,7 +210,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(B, T) int64 ids to (logits, loss).
+        """Turns (B, T) int64 ids into (logits, loss).
 
         Without `targets`: logits (B, T, vocab_size) and None. With (B, T) int64 `targets`: None
         and the mean cross-entropy in nats a token. Raises InputError for T over context_length.
@@ -219,7 +223,7 @@ class GPT(nn.Module):
     # --- Generation ---
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for one batch: one KVCache per block."""
+        """Returns an empty cache for one batch: one KVCache per block."""
         return [KVCache(self.config.context_length) for _ in self.h]
 
     @torch.no_grad()
@@ -283,7 +287,7 @@ class GPT(nn.Module):
         end_of_text: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """(B, T) int64 `idx` and its continuation, (B, at most T + max_new_tokens) int64.
+        """Returns (B, T) int64 `idx` and its continuation, (B, at most T + max_new_tokens) int64.
 
         The arguments are those of `stream`.
         """
@@ -333,7 +337,8 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """(B, vocab_size) finite logits to (B, 1) int64 ids; the arguments are those of `stream`."""
+    """Turns (B, vocab_size) finite logits into (B, 1) int64 ids; the arguments are those of
+    `stream`."""
     if temperature < 1e-6:  # so little that dividing by it would only lose digits
         return logits.argmax(-1, keepdim=True)
     vocab_size = logits.size(-1)

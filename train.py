@@ -1,8 +1,9 @@
 """Script: the training loop, from prepared data to the best checkpoint.
 
-Read `train` top to bottom, then what it calls. One process, or as many as `torchrun` starts.
-Nothing random is kept between steps: the batch of a step and its dropout are functions of (seed,
-step, window), so a resumed run is the run it resumes, and N processes do what one would.
+`train` is the loop and `train_step` one update; how a run is found and set up stands below them.
+One process, or as many as `torchrun` starts. Nothing random is kept between steps: the batch of a
+step is a function of (seed, step, window), so N processes train on what one would, and dropout one
+of (seed, step, micro-batch), so that a resumed run is the run it resumes.
 """
 
 from storygpt import cli
@@ -18,6 +19,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,13 +71,14 @@ class Arguments(FirstFlags):
     data_dir: Path = Path("data")
     """Folder that prepare_data.py wrote."""
     max_hours: float | None = None
-    """Save and end in time for these hours; exit status 75 says that --resume has more to do."""
+    """Save and end in time for these hours; exit status 75 (under torchrun 0) says that --resume
+    has more to do."""
     tracker: Tracker = "none"
     """Where to send the metrics too."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class Run:
     """What stays as it is while training."""
 
     arguments: Arguments
@@ -89,7 +92,7 @@ class Setting:
     facts: RunFacts
 
 
-class Beginning(NamedTuple):
+class Plan(NamedTuple):
     """What a run begins with."""
 
     arguments: Arguments
@@ -106,15 +109,15 @@ def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
     first, processes = cli.parse_first(FirstFlags), Processes()
     folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
-    beginning = micro_batch = None
+    plan = micro_batch = None
     try:
-        beginning = find_run(first, processes, folder)
-        setting, state = set_up(beginning)
-        micro_batch = setting.facts.micro_batch
-        status = train(setting, state)
+        plan = find_run(first, processes, folder)
+        run, state = set_up(plan)
+        micro_batch = run.facts.micro_batch
+        status = train(run, state)
     except Exception as error:
-        if beginning and cli.is_out_of_memory(error):
-            raise cli.advice_on_memory(beginning.arguments.training, micro_batch) from error
+        if plan and cli.is_out_of_memory(error):
+            raise cli.advice_on_memory(plan.arguments.training, micro_batch) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
@@ -123,189 +126,23 @@ def main() -> None:
     finally:
         if folder:
             folder.close()
-    processes.part()
+    processes.leave()
     sys.exit(status)
-
-
-# --- Setting up ---
-
-
-def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) -> Beginning:
-    """Finds out what to train: what the command line says, and the run that it resumes.
-
-    Raises InputError where a run would be overwritten or changed.
-    """
-    start = load_start(first.init_from) if first.init_from else None
-    resume, latest = first.resume or processes.restarted, None
-    if not resume:  # mistakes come before anything is made or waited for
-        parse_arguments(first, processes, start, settings=None)
-    resume = any(processes.exchange(resume))
-    processes.compare_torch()
-    with processes.together():
-        if folder:
-            folder.lock()
-            latest = folder.find(resume)
-    kept = latest and [asdict(latest["gpt_config"]), asdict(latest["training_config"])]
-    settings = processes.exchange(kept)[0]
-    with processes.together() as shared:
-        arguments = parse_arguments(first, processes, start, settings)
-        origin = start.origin if start else None
-        if latest and not goes_on(latest, arguments.gpt, arguments.training, origin):
-            latest = None
-        numbers = asdict(arguments.gpt) | asdict(arguments.training)
-        shared |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
-        shared["init_from"] = origin and origin["sha256"][:12]
-    if first.resume and processes.is_main:
-        print(resumption(latest))
-    return Beginning(arguments, processes, folder, latest, start)
-
-
-def parse_arguments(
-    first: FirstFlags, processes: Processes, start: Start | None, settings: list[dict] | None
-) -> Arguments:
-    """Parses all flags; what they leave out is as in the `settings` of the run that goes on, or of
-    the preset. Raises InputError with what cannot be had here."""
-    gpt, training = preset(first.preset or "storygpt")
-    if settings and not first.preset:
-        gpt, training = GPTConfig(**settings[0]), TrainingConfig(**settings[1])
-    elif start:
-        gpt = start.config
-    defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
-    arguments = cli.parse_flags(Arguments, defaults)
-    if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
-        raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
-    training = arguments.training.filled_in(arguments.gpt.n_embd)
-    processes.share(training.windows_per_step)
-    machine.use_device(training.device)
-    return replace(arguments, training=training)
-
-
-def resumption(latest: dict | None) -> str:
-    """Says what --resume has found."""
-    if not latest:
-        return "starting a new run"
-    if latest["step"] == 0:
-        return "beginning again with the settings of this run, which had not come to save a step"
-    return f"resuming after step {latest['step']:,}"
-
-
-def set_up(beginning: Beginning) -> tuple[Setting, TrainState]:
-    """Makes what a new or a resumed run trains with. Raises InputError."""
-    arguments, processes, folder, latest, start = beginning
-    gpt, config = arguments.gpt, arguments.training
-    with processes.together() as shared:
-        device = processes.own_device(machine.use_device(config.device))
-        dtype = machine.pick_dtype(config.dtype, device)
-        torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
-        machine.check_fits(gpt, config.batch_size, device)
-        start_weights = fit_start(start, gpt) if start else None
-        meta = load_meta(arguments.data_dir, gpt.vocab_size)
-        data = data_fingerprint(meta)
-        if latest and latest["step"]:
-            check_same_data(latest, data, arguments.data_dir)
-        train_tokens, val_tokens = (
-            load_tokens(
-                arguments.data_dir,
-                split,
-                meta,
-                gpt.context_length,
-                verify=processes.local_rank == 0,
-            )
-            for split in ("train", "validation")
-        )
-        shared |= {"data": data[:12], "device": device.type, "dtype": machine.dtype_name(dtype)}
-    processes.meet(device)
-    beginning = beginning._replace(latest=processes.from_main(latest, device))
-    batches = Batches(
-        tokens=train_tokens,
-        end_of_text=meta["end_of_text"],
-        seed=config.seed,
-        windows_per_step=config.windows_per_step,
-        context_length=gpt.context_length,
-        story_windows=config.story_windows,
-    )
-
-    torch.manual_seed(config.seed)
-    model = GPT(gpt).to(device)
-    speed_up_training(model, device)
-    state = TrainState(model, Optimizer(model, config, device, dtype))
-    if beginning.latest:
-        state.load(beginning.latest, arguments.checkpoint_dir / LATEST)
-    elif start:
-        load_weights(model, start_weights, arguments.init_from)
-    card, latest = machine.card_name(device), beginning.latest
-    most = largest_micro_batch(config, processes)
-    if latest and latest.get("card") == card:  # the same dropout again
-        most = math.gcd(most, latest["micro_batch"])
-    # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
-    later = (0 if state.step else 2) + processes.launched
-    micro_batch = machine.fit_micro_batch(
-        model,
-        most,
-        device=device,
-        dtype=dtype,
-        spare=4 * later * model.num_parameters(),
-        processes=processes,
-    )
-    facts = gather_facts(
-        beginning,
-        meta=meta,
-        dtype=machine.dtype_name(dtype),
-        card=card,
-        micro_batch=micro_batch,
-    )
-    setting = Setting(
-        arguments=arguments,
-        processes=processes,
-        folder=folder,
-        device=device,
-        dtype=dtype,
-        batches=batches,
-        val_tokens=val_tokens,
-        facts=facts,
-    )
-    return setting, state
-
-
-def largest_micro_batch(config: TrainingConfig, processes: Processes) -> int:
-    """Returns how many windows a process reads at once where there is memory enough."""
-    return min(config.batch_size, config.windows_per_step // processes.world_size)
-
-
-def gather_facts(
-    beginning: Beginning, *, meta: dict, dtype: str, card: str, micro_batch: int
-) -> RunFacts:
-    """Returns what a new run will keep for good, or a resumed one has kept."""
-    arguments, latest, start = beginning.arguments, beginning.latest, beginning.start
-    run_id = secrets.token_hex(4) if arguments.tracker != "none" else ""
-    origin = start.origin if start else None
-    if latest:
-        # A run keeps its id also where it goes on without its tracker for a while.
-        run_id, origin = latest.get("run_id") or run_id, origin_of(latest)
-        if latest["dtype"] != dtype and beginning.processes.is_main:
-            print(f"this run was in {latest['dtype']} and goes on in {dtype}")
-    return RunFacts(
-        record=begin_record(meta, origin),
-        dtype=dtype,
-        run_id=run_id,
-        card=card,
-        micro_batch=micro_batch,
-    )
 
 
 # --- The loop ---
 
 
-def train(setting: Setting, state: TrainState) -> int:
+def train(run: Run, state: TrainState) -> int:
     """Trains to the last step, or until there is a reason to stop; returns the exit status."""
-    arguments, processes, folder = setting.arguments, setting.processes, setting.folder
+    arguments, processes, folder = run.arguments, run.processes, run.folder
     config, directory = arguments.training, arguments.checkpoint_dir
-    compiled = compile_model(state.model, config.compile, setting.device)
-    model = processes.wrap(compiled, setting.device)
+    compiled = compile_model(state.model, config.compile, run.device)
+    model = processes.wrap(compiled, run.device)
     signals = cli.listen_for_signals(processes.launched)
-    log = begin(setting, state) if processes.is_main else None
-    if setting.facts.record["init_from"] and state.step == 0:
-        evaluate_start(setting, state, compiled, log)
+    log = begin(run, state) if processes.is_main else None
+    if run.facts.record["init_from"] and state.step == 0:
+        evaluate_start(run, state, compiled, log)
 
     pace = Pace(config, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
     last_save = time.monotonic()
@@ -314,19 +151,20 @@ def train(setting: Setting, state: TrainState) -> int:
         while state.step < config.max_steps and not stop:
             # --- One step ---
             began = time.monotonic()
+            # A reason to stop goes to all processes with this step, which is still made.
             if signals.stop:
                 stop = "signal"
             elif processes.is_main and not pace.allows_two(state.step, folder.save_seconds):
                 stop = "time"  # there is none for another step after this one
-            entry, stop = train_step(setting, state, model, stop)
+            entry, stop = train_step(run, state, model, stop)
             seconds = time.monotonic() - began
-            entry["tokens_per_second"] = round(setting.batches.tokens_per_step / seconds, 1)
+            entry["tokens_per_second"] = round(run.batches.tokens_per_step / seconds, 1)
             state.stop_if_diverged(entry, directory, config)
 
             # --- Evaluate ---
             evaluated = is_evaluated(state.step, config)
             if evaluated:
-                state.val_loss = validate(setting, compiled, config.eval_windows)
+                state.val_loss = validate(run, compiled, config.eval_windows)
                 entry["val_loss"] = state.val_loss
                 state.stop_if_diverged(entry, directory, config)
             if not processes.is_main:
@@ -336,22 +174,15 @@ def train(setting: Setting, state: TrainState) -> int:
             if evaluated:
                 log.add_sample(entry, state.model, config.seed)
             folder.append(entry)
-            names = []
-            if state.step == config.max_steps:
-                names.append(FINAL)
-            if state.val_loss < state.best_val_loss:
-                state.best_val_loss = state.val_loss
-                names.append(BEST)
-            if config.keep_interval and state.step % config.keep_interval == 0:
-                names.append(step_name(state.step))
+            names = names_due(state, config)
             folder.keep_up()
-            failing = folder.failing_for(config.save_minutes)
-            asked = names or stop or signals.save or failing
-            if asked or began - last_save >= 60 * config.save_minutes:
+            failing = folder.failing_for(60 * config.save_minutes)
+            late = began - last_save >= 60 * config.save_minutes
+            if names or stop or signals.save or failing or late:
                 if not evaluated:
-                    check_new_weights(setting, state, entry)
+                    check_new_weights(run, state, entry)
                 signals.save.clear()
-                save(setting, state, [*names, LATEST])
+                save(run, state, [*names, LATEST])
                 last_save = began
             if failing:  # a last try, after which an error ends the run
                 folder.wait()
@@ -364,13 +195,27 @@ def train(setting: Setting, state: TrainState) -> int:
             folder.wait(config.save_minutes if finished else 0)  # what goes on in the background
 
     if processes.is_main:
-        print(last_words(setting, state, log))
+        print(last_words(run, state, log))
     if finished:
         return 0
-    if stop == "signal":
-        return 128 + (signals.stop or [signal.SIGTERM])[0]
+    if stop == "signal":  # this process's, or that of another one
+        return 128 + (signals.stop[0] if signals.stop else signal.SIGTERM)
     # torchrun would take another status for a death, and start all processes anew.
     return 0 if processes.launched else MORE_TO_DO
+
+
+def names_due(state: TrainState, config: TrainingConfig) -> list[str]:
+    """Returns the names under which the weights of a step are to be saved beside LATEST, and notes
+    where they are the best so far."""
+    names = []
+    if state.step == config.max_steps:
+        names.append(FINAL)
+    if state.val_loss < state.best_val_loss:
+        state.best_val_loss = state.val_loss
+        names.append(BEST)
+    if config.keep_interval and state.step % config.keep_interval == 0:
+        names.append(step_name(state.step))
+    return names
 
 
 def is_evaluated(step: int, config: TrainingConfig) -> bool:
@@ -378,11 +223,154 @@ def is_evaluated(step: int, config: TrainingConfig) -> bool:
     return step == config.max_steps or step % config.eval_interval == 0
 
 
+def train_step(
+    run: Run, state: TrainState, model: nn.Module, stop: Stop | None
+) -> tuple[dict, Stop | None]:
+    """Makes one optimizer update; returns its line of metrics.jsonl, and whether any process stops
+    after it, given whether this one does.
+
+    `model` is state.model, perhaps compiled and wrapped.
+    """
+    config, processes, device = run.arguments.training, run.processes, run.device
+    own, size = processes.own_windows(run.batches.windows_per_step), run.facts.micro_batch
+    state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
+    train_loss = torch.zeros((), device=device)
+    for first in range(own.start, own.stop, size):
+        micro_batch = range(first, min(first + size, own.stop))
+        x, y = run.batches(state.step, micro_batch)
+        processes.average_next_backward(model, micro_batch.stop == own.stop)
+        torch.manual_seed(mixed_seed(config.seed, state.step, first))  # of dropout
+        with machine.autocast(device, run.dtype):
+            _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
+        loss = loss * (len(micro_batch) / len(own))  # DDP averages over processes
+        state.optimizer.backward(loss)
+        train_loss += loss.detach()
+    learning_rate = state.optimizer.learning_rate
+    grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
+    state.skipped_steps += skipped
+    (train_loss, grad_norm), stop = processes.agree([train_loss, grad_norm], stop)
+    entry = {
+        "step": state.step,
+        "tokens": state.step * run.batches.tokens_per_step,
+        "epoch": round(state.step / run.batches.steps_per_epoch, 4),
+        "train_loss": train_loss,
+        "learning_rate": learning_rate,
+        "grad_norm": None if skipped else grad_norm,
+    }
+    if run.dtype == torch.float16:  # steps that overflow are skipped
+        entry["skipped_steps"] = state.skipped_steps
+    return entry, stop
+
+
+def validate(run: Run, model: nn.Module, num_windows: int, alone: bool = False) -> float:
+    """Returns the mean loss in nats a token over `num_windows` of the validation split.
+
+    The processes share them, unless this one validates `alone`.
+    """
+    return estimate_loss(
+        model,
+        run.val_tokens,
+        context_length=run.arguments.gpt.context_length,
+        batch_size=run.facts.micro_batch,
+        num_windows=num_windows,
+        device=run.device,
+        dtype=run.dtype,
+        processes=None if alone else run.processes,
+    )
+
+
+def check_new_weights(run: Run, state: TrainState, entry: dict) -> None:
+    """Raises InputError where a step without an evaluation has ruined the weights, before they are
+    saved: its train_loss is of those before it."""
+    arguments, config = run.arguments, run.arguments.training
+    glance = {"val_loss": validate(run, state.model, config.batch_size, alone=True)}
+    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, config)
+
+
+def evaluate_start(run: Run, state: TrainState, model: nn.Module, log: Log | None) -> None:
+    """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
+    config = run.arguments.training
+    loss = validate(run, model, config.eval_windows)
+    state.val_loss = state.best_val_loss = loss
+    entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
+    state.stop_if_diverged(entry, run.arguments.checkpoint_dir, config)
+    if run.processes.is_main:
+        entry["init_from"] = run.facts.record["init_from"]
+        run.folder.append(entry)
+        save(run, state, [BEST, LATEST])
+        log.add(entry)
+
+
+# --- What the main process saves and prints ---
+
+
+def begin(run: Run, state: TrainState) -> Log:
+    """Saves a first checkpoint, so that a bad disk is found now, and says what the run will be."""
+    arguments, folder = run.arguments, run.folder
+    config, directory = arguments.training, arguments.checkpoint_dir
+    metrics = folder.cut(state.step)
+    track = start_tracker(
+        arguments.tracker,
+        settings=asdict(arguments.gpt) | asdict(config),
+        run_id=run.facts.run_id,
+        directory=directory,
+    )
+    done = state.step == config.max_steps  # but killed before FINAL was written
+    save(run, state, [FINAL, LATEST] if done else [LATEST])
+    folder.wait()
+    print(banner(run, state.model))
+    return Log(
+        metrics=metrics,
+        step=state.step,
+        max_steps=config.max_steps,
+        directory=directory,
+        track=track,
+        flops=state.model.flops_per_token() / run.processes.world_size,
+        device=run.device,
+        dtype=run.dtype,
+    )
+
+
+def last_words(run: Run, state: TrainState, log: Log) -> str:
+    """Says what the run has left, or how it goes on."""
+    arguments = run.arguments
+    if state.step == arguments.training.max_steps:
+        return log.finished(state.best_val_loss)
+    return log.stopped(
+        script=Path(__file__),
+        launcher=run.processes.launcher,
+        data_dir=arguments.data_dir,
+        tracker=arguments.tracker,
+    )
+
+
+def banner(run: Run, model: GPT) -> str:
+    """Says in a line what is trained, where, and on how much."""
+    batches, processes = run.batches, run.processes
+    config, size = run.arguments.training, run.facts.micro_batch
+    epochs, cut = config.max_steps / batches.steps_per_epoch, ""
+    if size < (most := largest_micro_batch(config, processes)):
+        cut = f"; {size} of {most} windows at a time, which is what fits"
+    return (
+        f"{model.num_parameters():,} parameters on {processes.world_size} × "
+        f"{machine.describe(run.device, run.dtype)}; {len(batches.tokens):,} train tokens, "
+        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs{cut}"
+    )
+
+
+def save(run: Run, state: TrainState, names: list[str]) -> None:
+    """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
+    state.saved_step = state.step
+    arguments, facts = run.arguments, run.facts
+    checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
+    run.folder.save(names, checkpoint, state.resume_state(facts))
+
+
 class Pace:
     """How long steps take, and evaluations with what comes with them: by the latest ones."""
 
     def __init__(self, config: TrainingConfig, deadline: float):
-        so_far = time.monotonic() - cli.STARTED  # setting up stands in for the first steps
+        so_far = time.monotonic() - cli.STARTED  # run up stands in for the first steps
         self.config, self.deadline = config, deadline
         self.steps = deque([so_far, so_far], maxlen=10)
         self.evaluation: float | None = None
@@ -406,147 +394,159 @@ class Pace:
         return time.monotonic() + seconds <= self.deadline
 
 
-def train_step(
-    setting: Setting, state: TrainState, model: nn.Module, stop: Stop | None
-) -> tuple[dict, Stop | None]:
-    """Makes one optimizer update; returns its line of metrics.jsonl, and whether any process stops
-    after it, given whether this one does.
+# --- Run up ---
 
-    `model` is state.model, perhaps compiled and wrapped.
+
+def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) -> Plan:
+    """Finds out what to train: what the command line says, and the run that it resumes.
+
+    Raises InputError where a run would be overwritten or changed.
     """
-    config, processes, device = setting.arguments.training, setting.processes, setting.device
-    own, size = processes.share(setting.batches.windows_per_step), setting.facts.micro_batch
-    state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
-    train_loss = torch.zeros((), device=device)
-    for first in range(own.start, own.stop, size):
-        micro_batch = range(first, min(first + size, own.stop))
-        x, y = setting.batches(state.step, micro_batch)
-        processes.average_next_backward(model, micro_batch.stop == own.stop)
-        torch.manual_seed(mixed_seed(config.seed, state.step, first))  # of dropout
-        with machine.autocast(device, setting.dtype):
-            _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
-        loss = loss * (len(micro_batch) / len(own))  # DDP averages over processes
-        state.optimizer.backward(loss)
-        train_loss += loss.detach()
-    learning_rate = state.optimizer.learning_rate
-    grad_norm, skipped = state.optimizer.step()  # clips and moves the schedule on, too
-    state.skipped_steps += skipped
-    (train_loss, grad_norm), stop = processes.agree([train_loss, grad_norm], stop)
-    entry = {
-        "step": state.step,
-        "tokens": state.step * setting.batches.tokens_per_step,
-        "epoch": round(state.step / setting.batches.steps_per_epoch, 4),
-        "train_loss": train_loss,
-        "learning_rate": learning_rate,
-        "grad_norm": None if skipped else grad_norm,
-    }
-    if setting.dtype == torch.float16:  # steps that overflow are skipped
-        entry["skipped_steps"] = state.skipped_steps
-    return entry, stop
+    start = load_start(first.init_from) if first.init_from else None
+    resume, latest = first.resume or processes.restarted, None
+    if not resume:  # mistakes come before anything is made or waited for
+        parse_arguments(first, processes, start, settings=None)
+    resume = any(processes.exchange(resume))
+    processes.compare_torch()
+    with processes.together():
+        if folder:
+            folder.lock()
+            latest = folder.find(resume)
+    kept = latest and [asdict(latest["gpt_config"]), asdict(latest["training_config"])]
+    settings = processes.exchange(kept)[0]
+    with processes.together() as same:
+        arguments = parse_arguments(first, processes, start, settings)
+        origin = start.origin if start else None
+        if latest and not goes_on(latest, arguments.gpt, arguments.training, origin):
+            latest = None
+        numbers = asdict(arguments.gpt) | asdict(arguments.training)
+        same |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
+        same["init_from"] = origin and origin["sha256"][:12]
+    if first.resume and processes.is_main:
+        print(resumption(latest))
+    return Plan(arguments, processes, folder, latest, start)
 
 
-def validate(setting: Setting, model: nn.Module, num_windows: int, alone: bool = False) -> float:
-    """Returns the mean loss in nats a token over `num_windows` of the validation split.
+def parse_arguments(
+    first: FirstFlags, processes: Processes, start: Start | None, settings: list[dict] | None
+) -> Arguments:
+    """Parses all flags; what they leave out is as in the `settings` of the run that goes on, or of
+    the preset. Raises InputError with what cannot be had here."""
+    gpt, training = preset(first.preset or "storygpt")
+    if settings and not first.preset:
+        gpt, training = GPTConfig(**settings[0]), TrainingConfig(**settings[1])
+    elif start:
+        gpt = start.config
+    defaults = Arguments(checkpoint_dir=first.checkpoint_dir, gpt=gpt, training=training)
+    arguments = cli.parse_flags(Arguments, defaults)
+    if arguments.max_hours is not None and not 0 < arguments.max_hours < math.inf:
+        raise InputError(f"max_hours must be above 0, not {arguments.max_hours}")
+    training = arguments.training.filled_in(arguments.gpt.n_embd)
+    processes.own_windows(training.windows_per_step)  # both for what they raise
+    machine.use_device(training.device)
+    return replace(arguments, training=training)
 
-    The processes share them, unless this one validates `alone`.
-    """
-    return estimate_loss(
+
+def resumption(latest: dict | None) -> str:
+    """Says what --resume has found."""
+    if not latest:
+        return "starting a new run"
+    if latest["step"] == 0:
+        return "beginning again with the settings of this run, which had not come to save a step"
+    return f"resuming after step {latest['step']:,}"
+
+
+def set_up(plan: Plan) -> tuple[Run, TrainState]:
+    """Makes what a new or a resumed run trains with. Raises InputError."""
+    arguments, processes, folder, latest, start = plan
+    gpt, config = arguments.gpt, arguments.training
+    with processes.together() as same:
+        device = processes.own_device(machine.use_device(config.device))
+        dtype = machine.pick_dtype(config.dtype, device)
+        torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
+        machine.check_fits(gpt, config.batch_size, device)
+        start_weights = fit_start(start, gpt) if start else None
+        meta = load_meta(arguments.data_dir, gpt.vocab_size)
+        data = data_fingerprint(meta)
+        if latest and latest["step"]:
+            check_same_data(latest, data, arguments.data_dir)
+        load = partial(
+            load_tokens,
+            arguments.data_dir,
+            meta=meta,
+            context_length=gpt.context_length,
+            verify=processes.local_rank == 0,
+        )
+        train_tokens, val_tokens = load("train"), load("validation")
+        same |= {"data": data[:12], "device": device.type, "dtype": machine.dtype_name(dtype)}
+    processes.meet(device)
+    latest = processes.from_main(latest, device)
+    batches = Batches(
+        tokens=train_tokens,
+        end_of_text=meta["end_of_text"],
+        seed=config.seed,
+        windows_per_step=config.windows_per_step,
+        context_length=gpt.context_length,
+        story_windows=config.story_windows,
+    )
+
+    torch.manual_seed(config.seed)
+    model = GPT(gpt).to(device)
+    speed_up_training(model, device)
+    state = TrainState(model, Optimizer(model, config, device, dtype))
+    if latest:
+        state.load(latest, arguments.checkpoint_dir / LATEST)
+    elif start:
+        load_weights(model, start_weights, arguments.init_from)
+    card = machine.card_name(device)
+    most = largest_micro_batch(config, processes)
+    if latest and latest.get("card") == card:  # the same dropout again
+        most = math.gcd(most, latest["micro_batch"])
+    # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
+    later = (0 if state.step else 2) + processes.launched
+    micro_batch = machine.fit_micro_batch(
         model,
-        setting.val_tokens,
-        context_length=setting.arguments.gpt.context_length,
-        batch_size=setting.facts.micro_batch,
-        num_windows=num_windows,
-        device=setting.device,
-        dtype=setting.dtype,
-        processes=None if alone else setting.processes,
+        most,
+        device=device,
+        dtype=dtype,
+        spare=4 * later * model.num_parameters(),
+        processes=processes,
     )
-
-
-def check_new_weights(setting: Setting, state: TrainState, entry: dict) -> None:
-    """Raises InputError where a step without an evaluation has ruined the weights, before they are
-    saved: its train_loss is of those before it."""
-    arguments, config = setting.arguments, setting.arguments.training
-    glance = {"val_loss": validate(setting, state.model, config.batch_size, alone=True)}
-    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, config)
-
-
-def evaluate_start(setting: Setting, state: TrainState, model: nn.Module, log: Log | None) -> None:
-    """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
-    config = setting.arguments.training
-    loss = validate(setting, model, config.eval_windows)
-    state.val_loss = state.best_val_loss = loss
-    entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
-    state.stop_if_diverged(entry, setting.arguments.checkpoint_dir, config)
-    if setting.processes.is_main:
-        entry["init_from"] = setting.facts.record["init_from"]
-        setting.folder.append(entry)
-        save(setting, state, [BEST, LATEST])
-        log.add(entry)
-
-
-# --- What the main process saves and prints ---
-
-
-def begin(setting: Setting, state: TrainState) -> Log:
-    """Saves a first checkpoint, so that a bad disk is found now, and says what the run will be."""
-    arguments, folder = setting.arguments, setting.folder
-    config, directory = arguments.training, arguments.checkpoint_dir
-    metrics = folder.cut(state.step)
-    track = start_tracker(
-        arguments.tracker,
-        settings=asdict(arguments.gpt) | asdict(config),
-        run_id=setting.facts.run_id,
-        directory=directory,
+    if latest and latest["dtype"] != machine.dtype_name(dtype) and processes.is_main:
+        print(f"this run was in {latest['dtype']} and goes on in {machine.dtype_name(dtype)}")
+    facts = RunFacts(
+        **begin_facts(latest, start, meta, tracked=arguments.tracker != "none"),
+        dtype=machine.dtype_name(dtype),
+        card=card,
+        micro_batch=micro_batch,
     )
-    done = state.step == config.max_steps  # but killed before FINAL was written
-    save(setting, state, [FINAL, LATEST] if done else [LATEST])
-    folder.wait()
-    print(banner(setting, state.model))
-    return Log(
-        metrics=metrics,
-        step=state.step,
-        max_steps=config.max_steps,
-        directory=directory,
-        track=track,
-        flops=state.model.flops_per_token() / setting.processes.world_size,
-        device=setting.device,
-        dtype=setting.dtype,
+    run = Run(
+        arguments=arguments,
+        processes=processes,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        batches=batches,
+        val_tokens=val_tokens,
+        facts=facts,
     )
+    return run, state
 
 
-def last_words(setting: Setting, state: TrainState, log: Log) -> str:
-    """Says what the run has left, or how it goes on."""
-    arguments = setting.arguments
-    if state.step == arguments.training.max_steps:
-        return log.finished(state.best_val_loss)
-    return log.stopped(
-        script=Path(__file__),
-        launcher=setting.processes.launcher,
-        data_dir=arguments.data_dir,
-        tracker=arguments.tracker,
-    )
+def largest_micro_batch(config: TrainingConfig, processes: Processes) -> int:
+    """Returns how many windows a process reads at once where there is memory enough."""
+    return min(config.batch_size, config.windows_per_step // processes.world_size)
 
 
-def banner(setting: Setting, model: GPT) -> str:
-    """Says in a line what is trained, where, and on how much."""
-    batches, processes = setting.batches, setting.processes
-    config, size = setting.arguments.training, setting.facts.micro_batch
-    epochs, cut = config.max_steps / batches.steps_per_epoch, ""
-    if size < (most := largest_micro_batch(config, processes)):
-        cut = f"; {size} of {most} windows at a time, which is what fits"
-    return (
-        f"{model.num_parameters():,} parameters on {processes.world_size} × "
-        f"{machine.describe(setting.device, setting.dtype)}; {len(batches.tokens):,} train tokens, "
-        f"{batches.tokens_per_step:,} a step, {epochs:.1f} epochs{cut}"
-    )
-
-
-def save(setting: Setting, state: TrainState, names: list[str]) -> None:
-    """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
-    state.saved_step = state.step
-    arguments, facts = setting.arguments, setting.facts
-    checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
-    setting.folder.save(names, checkpoint, state.resume_state(facts))
+def begin_facts(latest: dict | None, start: Start | None, meta: dict, tracked: bool) -> dict:
+    """Returns the facts that a new run will keep for good, or a resumed one has kept: its record
+    and its run_id."""
+    run_id = secrets.token_hex(4) if tracked else ""
+    origin = start.origin if start else None
+    if latest:
+        # A run keeps its id also where it goes on without its tracker for a while.
+        run_id, origin = latest.get("run_id") or run_id, origin_of(latest)
+    return {"record": begin_record(meta, origin), "run_id": run_id}
 
 
 if __name__ == "__main__":

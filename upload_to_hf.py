@@ -95,7 +95,8 @@ def space_of(repo_id: str) -> str:
 
 
 def evaluation(record, context_length: int) -> dict[str, tuple[str, float | int]]:
-    """(name, value) by metric type of all that is known of how good it is and what it cost."""
+    """Returns (name, value) by metric type of all that is known of how good it is and what it
+    cost."""
     recipe, loss = record.recipe, record.val_loss
     windows = recipe["batch_size"] * recipe["gradient_accumulation_steps"] * record.step
     metrics = {"loss": ("Validation loss (nats a token)", round(loss, 4))}
@@ -110,13 +111,13 @@ def evaluation(record, context_length: int) -> dict[str, tuple[str, float | int]
 
 
 def quote(story: str) -> str:
-    """A story as a Markdown quotation in which nothing is markup."""
+    """Returns a story as a Markdown quotation in which nothing is markup."""
     escaped = re.sub(r"([\\`*_\[\]<>#|~&+=-]|(?<=\d)[.)])", r"\\\1", story)
     return "\n".join(f"> {line.strip()}".rstrip() for line in escaped.splitlines())
 
 
 def table(rows: Iterable[tuple]) -> str:
-    """The body of a Markdown table of two columns."""
+    """Returns the body of a Markdown table of two columns."""
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
@@ -306,7 +307,8 @@ def build_space(folder: Path, repo_id: str) -> None:
 
 
 def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
-    """A temporary folder beside `output_dir`, which must be new or empty. Raises InputError."""
+    """Returns a temporary folder beside `output_dir`, which must be new or empty. Raises
+    InputError."""
     if output_dir is None:
         return tempfile.TemporaryDirectory()
     with writing(output_dir, "pass another --output_dir"):

@@ -62,8 +62,8 @@ class Batches:
         return np.flatnonzero(self.tokens == self.end_of_text)
 
     def starts(self, step: int, positions: range) -> np.ndarray:
-        """Where the windows at `positions` of a step's global batch start in their epoch's layout:
-        (len(positions),) int64."""
+        """Returns where the windows at `positions` of a step's global batch start in their epoch's
+        layout: (len(positions),) int64."""
         num_windows, offsets = self.layout
         drawn = (step - 1) * self.windows_per_step + np.arange(positions.start, positions.stop)
         epochs, places = np.divmod(drawn, num_windows)
@@ -88,8 +88,8 @@ class Batches:
         return np.where(draws < self.story_windows, moved, starts)
 
     def __call__(self, step: int, positions: range) -> tuple[np.ndarray, np.ndarray]:
-        """The windows at `positions` of the global batch of `step`: inputs and targets, both
-        (len(positions), context_length) int64."""
+        """Returns the windows at `positions` of the global batch of `step`: inputs and targets,
+        both (len(positions), context_length) int64."""
         starts = self.starts(step, positions)
         if self.story_windows:
             starts = self.story_starts(step, positions, starts)
@@ -97,13 +97,15 @@ class Batches:
 
 
 def offset_of(epoch: int, offsets: range, seed: int) -> int:
-    """The offset of an epoch's first window: all in a seeded order, so no two in a row are one."""
+    """Returns the offset of an epoch's first window: all in a seeded order, so no two in a row are
+    one."""
     return offsets[np.random.default_rng(seed).permutation(len(offsets))[epoch % len(offsets)]]
 
 
 @lru_cache(maxsize=2)
 def order_of(epoch: int, num_windows: int, seed: int) -> np.ndarray:
-    """The order of an epoch's windows: (num_windows,) uint32, of which a run has millions."""
+    """Returns the order of an epoch's windows: (num_windows,) uint32, of which a run has
+    millions."""
     order = np.arange(num_windows, dtype=np.uint32)
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
@@ -112,17 +114,18 @@ def order_of(epoch: int, num_windows: int, seed: int) -> np.ndarray:
 def cut_windows(
     tokens: np.ndarray, starts: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, both (len(starts), length) int64; targets are one token ahead."""
+    """Returns inputs and targets, both (len(starts), length) int64; targets are one token ahead."""
     x, y = (tokens[(starts + i)[:, None] + np.arange(length)].astype(np.int64) for i in (0, 1))
     return x, y
 
 
 def validation_starts(tokens: np.ndarray, context_length: int, most: int) -> np.ndarray:
-    """Where at most `most` windows start, evenly spread over the split and not overlapping."""
+    """Returns where at most `most` windows start, evenly spread over the split and not
+    overlapping."""
     available = (len(tokens) - 1) // context_length
     return np.arange(min(most, available)) * available // min(most, available) * context_length
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed below 2**64 of several numbers, such as a seed, a step and a micro-batch."""
+    """Returns one seed below 2**64 of several numbers, such as a seed, a step and a micro-batch."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

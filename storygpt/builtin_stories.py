@@ -394,7 +394,7 @@ PLOTS = {
 
 
 def parse_beats(text: str) -> list[list[str]]:
-    """The beats of a plot, each as the list of ways to tell it."""
+    """Returns the beats of a plot, each as the list of ways to tell it."""
     return [beat.split("\n  ") for beat in text.strip().removeprefix("- ").split("\n- ")]
 
 
@@ -402,12 +402,13 @@ BEATS = {plot: parse_beats(text) for plot, (_, text) in PLOTS.items()}
 
 
 def with_article(phrase: str) -> str:
-    """The phrase after its indefinite article."""
+    """Returns the phrase after its indefinite article."""
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
 def expand(text: str, words: dict[str, str], rng: random.Random) -> str:
-    """The text with every choice made and every word filled in, words within words included."""
+    """Returns the text with every choice made and every word filled in, words within words
+    included."""
     while "{" in text or "[" in text:
         text = re.sub(r"\[([^]]*)\]", lambda match: rng.choice(match[1].split("|")), text)
         text = text.format_map(words)
@@ -415,7 +416,7 @@ def expand(text: str, words: dict[str, str], rng: random.Random) -> str:
 
 
 def tell_story(rng: random.Random) -> str:
-    """One story of 60 to 120 words, about one hero and one object."""
+    """Returns one story of 60 to 120 words, about one hero and one object."""
     plot = rng.choice(list(PLOTS))
     details = PLOTS[plot][0]
     words = {symbol: rng.choice(options) for symbol, options in SYMBOLS.items()}
@@ -433,13 +434,14 @@ def tell_story(rng: random.Random) -> str:
 
 
 def sample_stories(num_stories: int, seed: int = 0) -> Iterator[str]:
-    """Story i depends on the seed and i alone, so that any range can be told on its own."""
+    """Yields stories: story i depends on the seed and i alone, so that any range can be told on its
+    own."""
     for i in range(num_stories):
         yield tell_story(random.Random(f"{seed}/{i}"))
 
 
 def keeps_hero_and_object(story: str) -> bool:
-    """Whether the hero and the object of the opening are still those of the last sentence.
+    """Tells whether the hero and the object of the opening are still those of the last sentence.
 
     The hero is named in the first sentence and the object in the first two. No other hero or
     object may turn up anywhere, and the story has to end where a sentence ends.

@@ -122,7 +122,7 @@ class SkipInit(TorchFunctionMode):
 
 
 def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu") -> GPT:
-    """The model of a checkpoint read from `path`, on `device` and in evaluation mode.
+    """Returns the model of a checkpoint read from `path`, on `device` and in evaluation mode.
 
     Raises InputError where weights and gpt_config do not fit.
     """
@@ -136,8 +136,8 @@ def build_model(checkpoint: dict, path: Path, device: str | torch.device = "cpu"
 
 
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
-    """The model of a .pt file, of a published model's folder or the weights in it, or on the Hub,
-    and the checkpoint itself.
+    """Returns the model of a .pt file, of a published model's folder or the weights in it, or on
+    the Hub, and the checkpoint itself.
 
     Raises InputError as `load_checkpoint`, `read_folder`, `download_model` and `build_model` do.
     """
@@ -156,8 +156,8 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, dic
 def load_to_generate(
     path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, dict]:
-    """As `load_model`, in the precision `dtype` and packed for speed: such a model generates and
-    scores, but cannot be trained or saved."""
+    """Loads as `load_model` does, in the precision `dtype` and packed for speed: such a model
+    generates and scores, but cannot be trained or saved."""
     model, checkpoint = load_model(path, device)
     model.to(dtype)
     pack_linears(model)
@@ -191,7 +191,7 @@ def load_start(path: Path) -> Start:
 
 
 def fit_start(start: Start, gpt: GPTConfig) -> dict:
-    """The weights of a start for a model of shape `gpt`, its positions cropped if need be.
+    """Returns the weights of a start for a model of shape `gpt`, its positions cropped if need be.
 
     Raises InputError where the two shapes differ in more than dropout, init_std, which only new
     weights are drawn with, and a shorter context.

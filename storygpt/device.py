@@ -126,8 +126,8 @@ def install_torch(build: str) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The named precision; for `auto`, bfloat16 where the GPU or CPU has instructions for it, else
-    float16 on CUDA and float32 elsewhere."""
+    """Returns the named precision; for `auto`, bfloat16 where the GPU or CPU has instructions for
+    it, else float16 on CUDA and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -139,23 +139,23 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32."""
+    """Returns `float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """`cuda, bfloat16`; says that float32's products are TF32 on CUDA."""
+    """Returns `cuda, bfloat16`; says that float32's products are TF32 on CUDA."""
     exact = dtype != torch.float32 or device.type != "cuda"
     return f"{device.type}, {dtype_name(dtype)}{'' if exact else ' with products in TF32'}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """A context in which matrix products run in `dtype`."""
+    """Returns a context in which matrix products run in `dtype`."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak FLOP/s in half precision, or None where it is not known."""
+    """Returns the device's peak FLOP/s in half precision, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)
 
@@ -242,7 +242,8 @@ def check_fits(gpt: GPTConfig, batch_size: int, device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes so far: torch's on a CUDA device, else this process's, where Linux tells."""
+    """Returns the most bytes so far: torch's on a CUDA device, else this process's, where Linux
+    tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -251,7 +252,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array as a tensor on `device`.
+    """Returns the array as a tensor on `device`.
 
     To CUDA from pinned memory, so that the copy does not wait for the GPU's work; nowhere else, as
     only CUDA keeps the source alive until an asynchronous copy is done.

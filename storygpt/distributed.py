@@ -26,14 +26,14 @@ def lost_a_process(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "by peer" in str(error)
 
 
-def disagreement(parts: list[dict]) -> str | None:
-    """Says what went wrong or differs in the `parts` of `Processes.together`, by rank."""
-    for rank, part in enumerate(parts):
-        if part["mistake"]:
-            return f"on rank {rank}: {part['mistake']}" if rank else part["mistake"]
-    ours = parts[0]["found"]
-    for rank, part in enumerate(parts):
-        theirs = part["found"]
+def disagreement(answers: list[dict]) -> str | None:
+    """Says what went wrong or differs in the `answers` of `Processes.together`, by rank."""
+    for rank, answer in enumerate(answers):
+        if answer["mistake"]:
+            return f"on rank {rank}: {answer['mistake']}" if rank else answer["mistake"]
+    ours = answers[0]["same"]
+    for rank, answer in enumerate(answers):
+        theirs = answer["same"]
         differences = [
             f"{name} {theirs[name]} where rank 0 has {ours[name]}"
             for name in ours
@@ -59,10 +59,14 @@ class Processes:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             lacking = [name for name in names if not os.environ.get(name)]
             wrong = [n for n in (*names[:3], "MASTER_PORT") if not os.environ.get(n, "0").isdigit()]
-            if lacking or wrong:
-                what = "without" if lacking else "and no numbers in"
+            if lacking:
                 raise InputError(
-                    f"RANK is set, as a launcher does, {what} {', '.join(lacking or wrong)}: start "
+                    f"RANK is set, as a launcher does, without {', '.join(lacking)}: start with "
+                    "torchrun, or `unset RANK`"
+                )
+            if wrong:
+                raise InputError(
+                    f"RANK is set, as a launcher does, and no numbers in {', '.join(wrong)}: start "
                     "with torchrun, or `unset RANK`"
                 )
             self.rank, self.local_rank, self.world_size = (int(os.environ[n]) for n in names[:3])
@@ -80,18 +84,19 @@ class Processes:
     @property
     def launcher(self) -> str:
         """What a shell takes to start a script on as many processes again, on each machine."""
-        own = os.environ.get
-        if not self.launched or "TORCHELASTIC_RUN_ID" not in os.environ:
-            return "python"  # or what only those know who have written their own launcher
-        size = int(own("LOCAL_WORLD_SIZE", "1"))
-        flags = f"--nproc_per_node={size} --max-restarts={own('TORCHELASTIC_MAX_RESTARTS', '0')}"
+        known = os.environ
+        if not self.launched or "TORCHELASTIC_RUN_ID" not in known:
+            return "python"  # another launcher's command is unknown to us
+        size = int(known.get("LOCAL_WORLD_SIZE", "1"))
+        restarts = known.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        flags = f"--nproc_per_node={size} --max-restarts={restarts}"
         if size == self.world_size:
             return f"torchrun --standalone {flags}"
         store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         return (
-            f"{store}={own(store, '0')} torchrun --nnodes={self.world_size // size} {flags} "
-            f"--rdzv_backend=c10d --rdzv_id={shlex.quote(own('TORCHELASTIC_RUN_ID'))} "
-            f"--rdzv_endpoint={own('MASTER_ADDR')}:29500"
+            f"{store}={known.get(store, '0')} torchrun --nnodes={self.world_size // size} {flags} "
+            f"--rdzv_backend=c10d --rdzv_id={shlex.quote(known['TORCHELASTIC_RUN_ID'])} "
+            f"--rdzv_endpoint={known['MASTER_ADDR']}:29500"
         )
 
     @property
@@ -99,7 +104,7 @@ class Processes:
         """Rank 0 alone writes and prints."""
         return self.rank == 0
 
-    def share(self, windows: int) -> range:
+    def own_windows(self, windows: int) -> range:
         """Returns which of a step's `windows` are this process's.
 
         Raises InputError where they do not divide among the processes.
@@ -153,15 +158,15 @@ class Processes:
         Yields a dict for what the part finds that has to be the same on all. Raises InputError, in
         the same words on all, where that differs or the part has failed on one of them.
         """
-        found, mistake = {}, None
+        same, mistake = {}, None
         try:
-            yield found
+            yield same
         except InputError as error:
             if not self.launched:
                 raise
             mistake = str(error)
-        parts = self.exchange({"mistake": mistake, "found": found})
-        if said := disagreement(parts):
+        answers = self.exchange({"mistake": mistake, "same": same})
+        if said := disagreement(answers):
             self._see_off()
             raise InputError(said)
 
@@ -190,7 +195,7 @@ class Processes:
         torch.cuda.set_device(device)
         return device
 
-    # --- While they train ---
+    # --- Once they have met ---
 
     def meet(self, device: torch.device) -> None:
         """Connects the processes' devices. Raises InputError where GPUs cannot be."""
@@ -250,7 +255,7 @@ class Processes:
         wished = [reason for reason, n in zip(reasons, sums[len(values) :], strict=True) if n]
         return means, wished[0] if wished else None
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Ends what `meet` began."""
         if self.launched:
             dist.destroy_process_group()

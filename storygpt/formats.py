@@ -60,8 +60,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
-    """The configuration that a checkpoint has under `key`, of the `given` fields that this version
-    knows. Raises InputError where they are not valid."""
+    """Returns the configuration that a checkpoint has under `key`, of the `given` fields that this
+    version knows. Raises InputError where they are not valid."""
     kind = {"gpt_config": GPTConfig, "training_config": TrainingConfig}[key]
     try:
         if "eval_iters" in given:  # of an older version, which counted batches
@@ -72,7 +72,7 @@ def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises InputError where there is none."""
+    """Returns the object in a JSON file. Raises InputError where there is none."""
     with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> tuple[GPTConfig, dict]:
-    """The shape in a folder's config.json, and what only StoryGPT writes there (else {}).
+    """Returns the shape in a folder's config.json, and what only StoryGPT writes there (else {}).
 
     Raises InputError with whatever it asks of a model that ours does not do.
     """
@@ -141,7 +141,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from one file or several, of safetensors or else of torch.
+    """Returns all tensors of a folder, from one file or several, of safetensors or else of torch.
 
     Raises InputError where there are none, a file is missing or damaged, or it holds more than
     tensors.
@@ -172,7 +172,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_folder(folder: Path) -> dict:
-    """A folder in transformers' GPT-2 layout as a checkpoint: gpt_config, model_state_dict
+    """Reads a folder in transformers' GPT-2 layout as a checkpoint: gpt_config, model_state_dict
     (float32), step and val_loss (0 and infinity where they are not known), and where StoryGPT wrote
     it, and nobody has changed its weights since, training_config and record.
 
@@ -206,7 +206,8 @@ def read_folder(folder: Path) -> dict:
 
 
 def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with biases.
+    """Returns transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with
+    biases.
 
     Its linear layers are (in, out). Raises ValueError where its head is not its embedding.
     """
@@ -230,7 +231,8 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
 
 
 def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` in float32, with a bias of zeros wherever it has none, and without the head."""
+    """Returns `state_dict` in float32, with a bias of zeros wherever it has none, and without the
+    head."""
     tensors = {}
     for name, weight in state_dict.items():
         if name == "lm_head.weight":
@@ -243,7 +245,7 @@ def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
+    """Returns a `model_state_dict` as the float32 tensors of transformers' GPT2LMHeadModel.
 
     Its linear layers are (in, out), its biases always exist, and the tied head is not stored. The
     names are those of GPT-2's own file, without `transformer.`, which not every program reads.
@@ -255,7 +257,8 @@ def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
-    """GPT-2's tokens and merges as its own files spell them, cut as `load_tokenizer` cuts them."""
+    """Returns GPT-2's tokens and merges as its own files spell them, cut as `load_tokenizer` cuts
+    them."""
     end_of_text = load_tokenizer(vocab_size).eot_token
     encoder = json.loads(gpt2_file("encoder.json"))
     _, *merges = gpt2_file("vocab.bpe").strip().split("\n")
@@ -264,7 +267,8 @@ def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
 
 
 def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
-    """The text of transformers' files, by name, for the BPE of `load_tokenizer(vocab_size)`."""
+    """Returns the text of transformers' files, by name, for the BPE of
+    `load_tokenizer(vocab_size)`."""
     vocab, merges = vocabulary(vocab_size)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": True}
@@ -312,8 +316,8 @@ def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
 
 
 def config_files(checkpoint: dict) -> dict[str, str]:
-    """The text of config.json and generation_config.json of transformers' GPT-2; the former also
-    has the record, so that what `read_folder` makes of it is a checkpoint."""
+    """Returns the text of config.json and generation_config.json of transformers' GPT-2; the former
+    also has the record, so that what `read_folder` makes of it is a checkpoint."""
     config = checkpoint["gpt_config"]
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
     shape = {

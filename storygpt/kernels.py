@@ -144,7 +144,7 @@ def chunked_cross_entropy(
 
 
 def quick_dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout from 16 random bits an element: p is met to 1 / 65,536.
+    """Drops as F.dropout does, from 16 random bits an element: p is met to 1 / 65,536.
 
     A CPU draws random numbers one after the other; four elements share one here.
     """
@@ -154,8 +154,8 @@ def quick_dropout(x: Tensor, p: float) -> Tensor:
 
 
 def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
-    """`model.attention`, with a quicker way to drop: with dropout torch's fused kernel is, on a
-    CPU, the equation written out as well, with more temporaries."""
+    """Computes `model.attention`, with a quicker way to drop: with dropout torch's fused kernel is,
+    on a CPU, the equation written out as well, with more temporaries."""
     if not dropout_p:
         return attention(q, k, v, dropout_p, is_causal)
     return quick_dropout(attention_weights(q, k, is_causal), dropout_p) @ v
@@ -204,7 +204,8 @@ def compile_model(model: GPT, wanted: bool | None, device: torch.device) -> nn.M
 
 
 def onednn_operators() -> list | None:
-    """oneDNN's reordering, product and bfloat16 check, or None where torch lacks one of them.
+    """Returns oneDNN's reordering, product and bfloat16 check, or None where torch lacks one of
+    them.
 
     torch promises none: they are its compiler's own.
     """

@@ -24,7 +24,7 @@ def estimate_loss(
     dtype: torch.dtype,
     processes: Processes | None = None,
 ) -> float:
-    """Mean loss in nats a token over at most `num_windows` windows of `tokens`.
+    """Returns the mean loss in nats a token over at most `num_windows` windows of `tokens`.
 
     The same windows every time; of several `processes` each takes its share of them.
     """
@@ -60,7 +60,7 @@ def weighted_sum(losses: list[Tensor], weights: list[int]) -> float:
 def all_windows(
     tokens: np.ndarray, end_of_text: int, context_length: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of inputs and targets, (B, T) int64, in which every token is a target once.
+    """Yields batches of inputs and targets, (B, T) int64, in which every token is a target once.
 
     The first token is predicted from an end-of-text, which ended the story before it; the last
     window is as short as what is left, so T is context_length in all batches but the last.
@@ -77,7 +77,8 @@ def all_windows(
 
 @torch.no_grad()
 def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int) -> float:
-    """Mean loss in nats over all `tokens` (uint16), each scored once; summed in float64."""
+    """Returns the mean loss in nats over all `tokens` (uint16), each scored once; summed in
+    float64."""
     device, losses, sizes = next(model.parameters()).device, [], []
     batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
     with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:

@@ -74,8 +74,8 @@ def append_metrics(path: Path, entries: list[dict], size: int) -> int:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A running mean that does not lag: over as many values before as after, a fiftieth of all at
-    the most and fewer towards both ends."""
+    """Returns a running mean that does not lag: over as many values before as after, a fiftieth of
+    all at the most and fewer towards both ends."""
     index = np.arange(len(values))
     reach = np.minimum(np.minimum(index // 4, len(values) - 1 - index), len(values) // 100)
     sums = np.concatenate(([0.0], values.cumsum()))

@@ -11,7 +11,8 @@ from model import GPT
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
-    """The blocks' matrices, the embeddings, and the biases and norms, which do not decay."""
+    """Returns the blocks' matrices, the embeddings, and the biases and norms, which do not
+    decay."""
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     return [
@@ -63,7 +64,7 @@ def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: in
 
 
 def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Fused AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101) for all weights; with
+    """Makes fused AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101) for all weights; with
     `optimizer="muon"`, Muon (Jordan et al., 2024) for the blocks' matrices and AdamW for the rest.
 
     Muon's updates are scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), so
@@ -83,7 +84,7 @@ def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Opt
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LRScheduler:
-    """Linear warm-up, then a cosine to min_lr at max_steps."""
+    """Makes a linear warm-up, then a cosine to min_lr at max_steps."""
     cosine = CosineAnnealingLR(
         optimizer, T_max=config.max_steps - config.warmup_steps, eta_min=config.min_lr
     )
@@ -146,7 +147,7 @@ class Optimizer:
         return grad_norm, skipped
 
     def state_dict(self) -> dict:
-        """What resuming needs beside the weights and the step."""
+        """Returns what resuming needs beside the weights and the step."""
         return {
             "optimizer_state_dicts": [optimizer.state_dict() for optimizer in self.optimizers],
             "scheduler_state_dicts": [schedule.state_dict() for schedule in self.schedules],

@@ -35,11 +35,11 @@ def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
 
 
 def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None) -> bool:
-    """Tells whether a run goes on with these settings. Where they are others, one that has saved no
-    step is rather begun anew, unless it was given weights to start from.
+    """Tells whether the run in the folder goes on under these settings.
 
-    `origin` is that of --init_from, where it was passed. Raises InputError with every setting in
-    which these would change the run.
+    It does not where they differ and no step is saved yet: nothing is lost by beginning anew.
+    Raises InputError, with every setting that differs, where steps would be lost or the run was
+    given weights to start from. `origin` is that of --init_from, where it was passed.
     """
     recipe = resumed["training_config"]
     before = asdict(resumed["gpt_config"]) | asdict(recipe)
@@ -52,11 +52,11 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
         for name in before
         if name not in may_change and before[name] != now[name]
     ]
-    begun = origin_of(resumed) or {}
-    if origin and origin["sha256"] != begun.get("sha256"):
-        was = begun.get("checkpoint", "nothing")
+    started_from = origin_of(resumed) or {}
+    if origin and origin["sha256"] != started_from.get("sha256"):
+        was = started_from.get("checkpoint", "nothing")
         differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
-    if differences and resumed["step"] == 0 and not begun:
+    if differences and resumed["step"] == 0 and not started_from:
         return False
     if differences:
         raise InputError(
@@ -88,7 +88,7 @@ class Retry:
         return time.monotonic() >= self.next
 
     def failing_for(self, seconds: float) -> bool:
-        """Tells whether nothing could be written for so long."""
+        """Tells whether nothing could be written for `seconds`."""
         return time.monotonic() >= self.since + seconds
 
     def note(self, error: InputError | None) -> None:
@@ -114,10 +114,13 @@ class RunFolder:
         self.attempt: Future | None = None
         """The save that goes on in the background."""
         self.unsaved: dict[str, dict] = {}
-        """Checkpoints that are not yet on disk, by file name."""
+        """Checkpoints that are not yet on disk, by file name. While an attempt goes on, only its
+        thread touches this."""
         self.unwritten: list[dict] = []
         """Lines of metrics.jsonl that are not yet there."""
         self.saving, self.appending = Retry(), Retry()
+        self.size = 0
+        """Bytes of metrics.jsonl that are whole lines."""
         self.save_seconds = 0.0
         """What the last save took."""
 
@@ -210,13 +213,14 @@ class RunFolder:
         for path in self.directory.iterdir():  # of a process killed while it was saving
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
-        # a run that saved no step begins anew: not even the line of step 0 is kept
-        metrics = read_metrics(self.directory / METRICS, step or -1)
+        # A run that saved no step begins anew: not even the line of step 0 is kept.
+        metrics = read_metrics(self.directory / METRICS, -1 if step == 0 else step)
         with writing(self.directory / METRICS):
             (self.directory / METRICS).touch()
         self.size = (self.directory / METRICS).stat().st_size
-        for name in (BEST, PLOT) if step == 0 else ():
-            (self.directory / name).unlink(missing_ok=True)
+        if step == 0:
+            (self.directory / BEST).unlink(missing_ok=True)
+            (self.directory / PLOT).unlink(missing_ok=True)
         return metrics
 
     def append(self, entry: dict) -> None:
@@ -238,8 +242,8 @@ class RunFolder:
         self.unwritten = []
         return None
 
-    def save(self, names: list[str], checkpoint: dict, resume: dict) -> None:
-        """Saves `checkpoint` under each of `names`; with `resume` added as StoryGPT_latest.pt.
+    def save(self, names: list[str], checkpoint: dict, resume_state: dict) -> None:
+        """Saves `checkpoint` under each of `names`; with `resume_state` added as LATEST.
 
         Writes in a thread, from a copy, while training goes on. Raises InputError where the
         weights are not finite.
@@ -254,10 +258,11 @@ class RunFolder:
         if self.attempt:
             self.saving.note(self._end_attempt())
         checkpoint = on_cpu(checkpoint, {})
-        resume = on_cpu(resume, {}) if LATEST in names else {}
-        for name in names:  # in this order: what is saved to go on from says what the best was
-            self.unsaved.pop(name, None)
-            self.unsaved[name] = checkpoint | resume if name == LATEST else checkpoint
+        resume_state = on_cpu(resume_state, {}) if LATEST in names else {}
+        # LATEST comes last, as it names the best loss: BEST must be on disk before it.
+        for name in names:
+            self.unsaved.pop(name, None)  # an older one gives up its place in the order
+            self.unsaved[name] = checkpoint | resume_state if name == LATEST else checkpoint
         self._start_attempt()
 
     def keep_up(self) -> None:
@@ -267,12 +272,12 @@ class RunFolder:
         elif not self.attempt and self.unsaved and self.saving.due:
             self._start_attempt()
 
-    def failing_for(self, minutes: float) -> bool:
-        """Tells whether no checkpoint could be written for so long."""
-        return self.saving.failing_for(60 * minutes)
+    def failing_for(self, seconds: float) -> bool:
+        """Tells whether no checkpoint could be written for `seconds`."""
+        return self.saving.failing_for(seconds)
 
     def wait(self, minutes: float = 0) -> None:
-        """Waits until all is on disk; where that fails, tries again for so long, but once at least.
+        """Waits until all is on disk; where that fails, tries again for `minutes`, once at least.
 
         Raises InputError where it could not be written.
         """

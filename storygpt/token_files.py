@@ -77,7 +77,7 @@ def install(scratch: Path, data_dir: Path, meta: dict) -> None:
 
 
 def is_meta(meta) -> bool:
-    """Whether `meta` has all that `meta.json` must say."""
+    """Tells whether `meta` has all that `meta.json` must say."""
     try:
         numbers = [meta["splits"][s][n] for s in SPLITS for n in ("stories", "tokens", "bytes")]
         texts = [meta["dataset"], *(meta["splits"][s]["sha256"] for s in SPLITS)]
@@ -91,7 +91,8 @@ def is_meta(meta) -> bool:
 
 
 def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
-    """What `meta.json` says of the token files beside it, for a model of `vocab_size` or for any.
+    """Returns what `meta.json` says of the token files beside it, for a model of `vocab_size` or
+    for any.
 
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
@@ -116,14 +117,14 @@ def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
 
 
 def data_fingerprint(meta: dict) -> str:
-    """SHA-256 of what the files hold, wherever it came from and whatever it is called."""
+    """Returns SHA-256 of what the files hold, wherever it came from and whatever it is called."""
     held = [meta["vocab_size"], *(meta["splits"][split]["sha256"] for split in SPLITS)]
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
 def bits_per_byte(loss: float, counts: dict) -> float:
-    """A mean loss in nats a token of a split, as bits a byte of UTF-8: exact, and the same scale
-    for every vocabulary. `counts` is the split's entry in meta.json."""
+    """Converts a mean loss in nats a token of a split, as bits a byte of UTF-8: exact, and the same
+    scale for every vocabulary. `counts` is the split's entry in meta.json."""
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
 
 
@@ -138,7 +139,7 @@ def perplexity(loss: float) -> float:
 def load_tokens(
     data_dir: Path, split: str, meta: dict, context_length: int, verify: bool = True
 ) -> np.ndarray:
-    """The (tokens,) uint16 ids of one split, memory-mapped.
+    """Returns the (tokens,) uint16 ids of one split, memory-mapped.
 
     With `verify`, reads the file once to compare it with `meta`: enough in one of the processes
     that share it. Raises InputError where the two disagree, an id is outside the vocabulary, or
@@ -178,6 +179,6 @@ def load_tokens(
 
 
 def split_stories(tokens: np.ndarray, end_of_text: int) -> list[np.ndarray]:
-    """The (tokens,) ids of each story, without its end-of-text."""
+    """Returns the (tokens,) ids of each story, without its end-of-text."""
     ends = np.flatnonzero(tokens == end_of_text)
     return [story[:-1] for story in np.split(tokens, ends + 1)[: len(ends)]]

