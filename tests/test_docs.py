@@ -303,6 +303,15 @@ def test_the_table_of_sizes_is_that_of_the_presets_and_counts_as_the_model_does(
         assert model.flops_per_token() / 1e6 == pytest.approx(float(mflops), rel=0.02)
 
 
+def test_the_picture_of_the_house_has_every_room():
+    picture = read(ROOT / "docs/changing.md").split("```")[1]
+    folder = ROOT / "storygpt"
+    rooms = {p.stem for p in folder.glob("[a-z]*.py")} | {
+        f"{p.parent.name}/" for p in folder.glob("*/__init__.py")
+    }
+    assert rooms <= {*re.findall(r"[a-z_]+/?", picture)}
+
+
 # --- train.slurm, with stand-ins for Slurm's own commands ---
 
 
