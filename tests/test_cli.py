@@ -19,7 +19,7 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
         assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
         assert len(metrics_of(tmp_path / "run")) == 20
         command = [sys.executable, "generate.py", "--interactive", "--checkpoint"]
-        command = shlex.join([*command, str(tmp_path / "run" / "StoryGPT_best.pt")]) + " <&-"
+        command = "echo Tom | " + shlex.join([*command, str(tmp_path / "run" / "StoryGPT_best.pt")])
         told = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
         done = subprocess.run(command, shell=True, cwd=ROOT, **told)
     assert done.returncode == 1 and done.stderr.count("error: ") == 1
