@@ -83,7 +83,7 @@ class Arguments:
 # --- Encoding, in worker processes ---
 
 
-def describe(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[str]]:
+def describe_in_worker(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[str]]:
     """Returns what meta.json says of the tokenizer, and the openings of stories that begin with
     these ids. Both take a tokenizer, which the parent has no need of, and memory for it."""
     tokenizer = load_tokenizer(vocab_size)
@@ -305,7 +305,9 @@ def write_splits(
             if split == "train":
                 beginnings, shares = find_openings(file, encoded, keep[split])
         counts[split] = writer.close()
-    tokenizer, openings = submit(pool, describe, beginnings, arguments.vocab_size).result()
+    tokenizer, openings = submit(
+        pool, describe_in_worker, beginnings, arguments.vocab_size
+    ).result()
     return {
         **tokenizer,
         "splits": counts,
@@ -364,7 +366,7 @@ def prepare(arguments: Arguments) -> dict:
     data_dir, skipped, read = arguments.data_dir, Counter(), {}
     with ExitStack() as stack:
         pool = stack.enter_context(start_workers(arguments.num_proc))
-        submit(pool, describe, [], arguments.vocab_size)  # a worker gets ready meanwhile
+        submit(pool, describe_in_worker, [], arguments.vocab_size)  # a worker gets ready meanwhile
         source = open_stories(
             arguments.dataset,
             text_column=arguments.text_column,

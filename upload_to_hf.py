@@ -306,7 +306,7 @@ def build_space(folder: Path, repo_id: str) -> None:
 # --- The command ---
 
 
-def scratch_folder(output_dir: Path | None) -> tempfile.TemporaryDirectory:
+def folder_beside(output_dir: Path | None) -> tempfile.TemporaryDirectory:
     """Returns a temporary folder beside `output_dir`, which must be new or empty. Raises
     InputError."""
     if output_dir is None:
@@ -355,7 +355,7 @@ def main() -> None:
     check_data(arguments, checkpoint)
     token = None if arguments.dry_run else find_token(arguments.token)
     space_dir = Path(f"{output_dir}-space") if output_dir and arguments.space else None
-    with scratch_folder(output_dir) as scratch, scratch_folder(space_dir) as space_scratch:
+    with folder_beside(output_dir) as scratch, folder_beside(space_dir) as space_scratch:
         folder, space = Path(scratch) / "repo", Path(space_scratch) / "repo"
         folder.mkdir()
         print("building the model repo, and telling three stories for its card")

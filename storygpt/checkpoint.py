@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.files import write_atomically
-from storygpt.formats import read_folder, reading, rebuild
+from storygpt.formats import read_folder, reading_weights, rebuild
 from storygpt.hub import download_model, is_hub_id
 from storygpt.kernels import pack_linears
 from storygpt.record import read_begun, weights_sha256
@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
             f"there is no checkpoint {path}: train one with `python train.py`, or pass another "
             "with --checkpoint"
         )
-    with reading(path):
+    with reading_weights(path):
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()
         if damaged:
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
     for key in ("gpt_config", "training_config"):  # unpickling does not call __post_init__
         checkpoint[key] = rebuild(key, vars(checkpoint[key]), path)
-    with reading(path):
+    with reading_weights(path):
         read_begun(checkpoint.get("record"))
     return checkpoint
 

@@ -37,7 +37,7 @@ OURS = {
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading_weights(path: Path) -> Iterator[None]:
     """Turns whatever a foreign or damaged file brings about into one sentence, an InputError."""
     try:
         yield
@@ -73,7 +73,7 @@ def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
 
 def read_json(path: Path) -> dict:
     """Returns the object in a JSON file. Raises InputError where there is none."""
-    with reading(path):
+    with reading_weights(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
@@ -89,7 +89,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
     config = read_json(path)
     if config.get("model_type") != "gpt2":
         raise InputError(f"{path} is a {config.get('model_type')} model's: only GPT-2's are read")
-    with reading(path):
+    with reading_weights(path):
         width = config.get("n_embd", 768)
         allowed = OURS | {"n_inner": (None, 4 * width)}
         for key, values in allowed.items():
@@ -121,20 +121,20 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     to `vocab_size` as `load_tokenizer` cuts it."""
     path = folder / "tokenizer.json"
     if path.is_file():
-        with reading(path):
+        with reading_weights(path):
             bpe = read_json(path)["model"]
             vocab, merges = bpe["vocab"], bpe["merges"]
             # a pair is "a b" or, since tokenizers 0.20, ["a", "b"]
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
-        with reading(path):
+        with reading_weights(path):
             lines = path.read_text(encoding="utf-8").splitlines()
             merges = [line for line in lines if line and not line.startswith("#version")]
     else:
         return
     ours, our_merges = vocabulary(vocab_size)
-    with reading(path):
+    with reading_weights(path):
         vocab = {token: i for token, i in vocab.items() if i < vocab_size}
     if vocab != ours or merges != our_merges:
         raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
@@ -157,13 +157,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if not (folder / name).is_file():
             if not index.is_file():
                 continue
-            with reading(index):
+            with reading_weights(index):
                 names = sorted(set(read_json(index)["weight_map"].values()))
                 if any(Path(part).name != part for part in names):
                     raise ValueError("a part outside the folder")
         tensors = {}
         for part in names:
-            with reading(folder / part):
+            with reading_weights(folder / part):
                 tensors |= load(folder / part)
                 if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
                     raise ValueError("not only tensors")
@@ -192,7 +192,7 @@ def read_folder(folder: Path) -> dict:
         for name in biases:
             del state_dict[name]
     checkpoint = {"gpt_config": config, "model_state_dict": state_dict}
-    with reading(folder / "config.json"):
+    with reading_weights(folder / "config.json"):
         record = from_dict(ours["record"]) if "record" in ours else None
     if not record or record.weights_sha256 != weights_sha256(state_dict):
         return checkpoint | {"step": 0, "val_loss": math.inf}

@@ -26,9 +26,9 @@ from storygpt.judging.measures import (
     said_again,
     sentences,
     story_table,
-    summarize,
     taken_over,
     well_formed,
+    with_interval,
 )
 from storygpt.judging.story_losses import scored_windows, story_losses
 from storygpt.tokenizer import load_tokenizer
@@ -116,16 +116,16 @@ def test_characters():
 
 def test_intervals():
     values = np.array([0.0, 1.0] * 50 + [NAN])
-    number, low, high = summarize("well_formed", values, 7)
+    number, low, high = with_interval("well_formed", values, 7)
     assert (
         number == 0.5
         and low == pytest.approx(0.4, abs=0.03)
         and high == pytest.approx(0.6, abs=0.03)
     )
-    assert summarize("well_formed", values, 7) == [number, low, high]  # the same seed
-    assert summarize("returns", np.array([NAN]), 7) is None
-    assert summarize("length", np.array([1.0, 2.0, 90.0]), 7)[0] == 2  # the median
-    assert summarize("spread", np.arange(101.0), 7)[0] == 50
+    assert with_interval("well_formed", values, 7) == [number, low, high]  # the same seed
+    assert with_interval("returns", np.array([NAN]), 7) is None
+    assert with_interval("length", np.array([1.0, 2.0, 90.0]), 7)[0] == 2  # the median
+    assert with_interval("spread", np.arange(101.0), 7)[0] == 50
 
 
 def test_table():
@@ -430,7 +430,7 @@ def columns(request):
         values = read_measures(told, names)
         values |= {f"copied_{n}": search.share(n) for n in LENGTHS}
         values["loss"] = nats / [len(story.text.encode()) for story in told]
-        result[title] = {name: summarize(name, x, 1) for name, x in values.items()}
+        result[title] = {name: with_interval(name, x, 1) for name, x in values.items()}
     return result
 
 

@@ -19,7 +19,7 @@ from storygpt.judging.measures import (
     read_measures,
     read_story,
     sentences,
-    summarize,
+    with_interval,
 )
 from storygpt.judging.story_losses import logits_of, story_losses
 from storygpt.tokenizer import load_tokenizer
@@ -89,7 +89,9 @@ def judge_stories(
         column["loss"] = own_loss(stories, model, tokenizer, batch_size)
         if builtin:
             column["keeps"] = keeps(stories)
-        columns[title] = {name: summarize(name, values, seed) for name, values in column.items()}
+        columns[title] = {
+            name: with_interval(name, values, seed) for name, values in column.items()
+        }
         run = searches[title].longest_run()
         longest[title] = {"tokens": len(run), "text": tokenizer.decode(run.tolist())}
     return {"columns": columns, "longest_copy": longest}

@@ -208,7 +208,7 @@ def read_measures(stories: Sequence[Story], names: set[str]) -> dict[str, np.nda
     }
 
 
-def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
+def with_interval(name: str, values: np.ndarray, seed: int) -> list[float] | None:
     """Returns the number of the row `name` and both ends of its 95 % interval, from NUM_RESAMPLES
     sets of stories drawn with replacement; None where no story has a value."""
     values, statistic = values[np.isfinite(values)], ROWS[name].statistic
@@ -220,7 +220,7 @@ def summarize(name: str, values: np.ndarray, seed: int) -> list[float] | None:
 
 
 def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
-    """Writes a Markdown table of `summarize`d rows: {title of a column: {name of a row: its
+    """Writes a Markdown table of rows: {title of a column: {name of a row: its
     numbers}}."""
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     for name, row in ROWS.items():
