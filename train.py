@@ -109,15 +109,17 @@ def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
     first, processes = cli.parse_first(FirstFlags), Processes()
     folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
-    plan = micro_batch = None
+    training = micro_batch = None
     try:
         plan = find_run(first, processes, folder)
+        training = plan.arguments.training
         run, state = set_up(plan)
         micro_batch = run.facts.micro_batch
+        del plan  # a copy of all that was resumed from
         status = train(run, state)
     except Exception as error:
-        if plan and cli.is_out_of_memory(error):
-            raise cli.advice_on_memory(plan.arguments.training, micro_batch) from error
+        if training and cli.is_out_of_memory(error):
+            raise cli.advice_on_memory(training, micro_batch) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
@@ -157,7 +159,7 @@ def train(run: Run, state: TrainState) -> int:
             elif processes.is_main and not pace.allows_two(state.step, folder.save_seconds):
                 stop = "time"  # there is none for another step after this one
             entry, stop = train_step(run, state, model, stop)
-            seconds = time.monotonic() - began
+            seconds = max(time.monotonic() - began, 1e-3)  # Windows' clock may not have moved
             entry["tokens_per_second"] = round(run.batches.tokens_per_step / seconds, 1)
             state.stop_if_diverged(entry, directory, config)
 
@@ -418,7 +420,7 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
         arguments = parse_arguments(first, processes, start, settings)
         origin = start.origin if start else None
         if latest and not goes_on(latest, arguments.gpt, arguments.training, origin):
-            latest = None
+            latest = folder.find(resume=False)  # None, or what would be lost is named
         numbers = asdict(arguments.gpt) | asdict(arguments.training)
         same |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
         same["init_from"] = origin and origin["sha256"][:12]

@@ -271,9 +271,13 @@ def measure_decoding(setting: Setting) -> dict:
 # Peak of the largest process below this small one, in ru_maxrss' unit: on Linux a process's own
 # begins at what its parent had, and this script has torch.
 PEAK_OF = """
-import resource, subprocess, sys
+import subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+try:
+    import resource
+    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+except ImportError:  # Windows does not tell
+    print(0)
 """
 
 

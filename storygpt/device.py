@@ -55,7 +55,8 @@ def use_device(name: str = "auto") -> torch.device:
         raise InputError(f"there is no device {name} here: pass --device {found[0]}")
     if device.type == "cuda":
         check_architecture(device)
-        torch.cuda.set_device(device)  # kernels and memory that name no device go there
+        if device.index is not None:  # kernels and memory that name no device go there
+            torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # has given gradients that are no numbers
     return device
 

@@ -182,8 +182,12 @@ class Processes:
     def own_device(self, device: torch.device) -> torch.device:
         """Returns this process's device of the kind of `device`.
 
-        Raises InputError where a process has no GPU of its own.
+        Raises InputError where a process has no GPU of its own, or cannot share it.
         """
+        if self.launched and device.type == "mps":
+            raise InputError(
+                "Apple's GPU trains in one process: start without torchrun, or pass --device cpu"
+            )
         if not self.launched or device.type != "cuda":
             return device
         if self.local_rank >= torch.cuda.device_count():
@@ -245,8 +249,8 @@ class Processes:
     def agree(self, values: list[Tensor], stop: Stop | None) -> tuple[list[float], Stop | None]:
         """Returns the means of () float32 `values` over all processes, and whether they stop.
 
-        All stop for what one of them has to stop for; a signal goes before the clock. The one
-        synchronization of host and device in a step.
+        All stop for what one of them has to stop for; a signal goes before the clock. In
+        bfloat16 and float32 the one synchronization of host and device in a step.
         """
         reasons = get_args(Stop)
         wishes = [torch.full_like(values[0], stop == reason) for reason in reasons]

@@ -71,16 +71,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         while not isinstance(first, OSError) and first.__context__:
             first = first.__context__  # torch.save ends in an error of its own about it
         if isinstance(first, OSError):
-            kept = ", and the one before it is kept" if path.exists() else ""
+            kept = ", and the one before it is kept" if os.path.exists(path) else ""
             raise InputError(
                 f"{path} cannot be written ({first.strerror or first}){kept}: {remedy(first)}"
             ) from error
         raise
     if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
         with suppress(OSError):  # not every file system can do that
-            os.fsync(folder)
-        os.close(folder)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:

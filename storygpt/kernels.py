@@ -149,7 +149,8 @@ def quick_dropout(x: Tensor, p: float) -> Tensor:
     A CPU draws random numbers one after the other; four elements share one here.
     """
     draws = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,))
-    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    least = min(round(p * 2**16), 2**16 - 1) - 2**15
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= least
     return x * keep / (1 - p)
 
 

@@ -183,7 +183,7 @@ class Log:
         if not made:
             return "no step was left"
         tokens = made[-1]["tokens"] * len(made) / made[-1]["step"]
-        speed = tokens / (time.monotonic() - self.start)
+        speed = tokens / max(time.monotonic() - self.start, 1e-3)
         return f"{speed:,.0f} tokens/s with saves and evaluations{self._in_memory()}"
 
     def _in_memory(self) -> str:

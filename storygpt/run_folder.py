@@ -70,7 +70,8 @@ class Found(NamedTuple):
     """What there is in a run's folder."""
 
     what: Literal["nothing", "a run begun", "a run", "a finished run"]
-    """A run begun has saved no step, but the settings it began with."""
+    """A run begun has saved no step, but the settings it began with. One that was killed in its
+    first save may have left weights, too: that is a run."""
     latest: dict | None
     """What StoryGPT_latest.pt holds, if there is one."""
 
@@ -147,9 +148,10 @@ class RunFolder:
         """Unlocks the folder, once nothing is written any more; where it was made for a run that
         never began, removes it."""
         self.writer.shutdown()
+        locked = self.guard.is_locked  # else the folder is another run's
         self.guard.release()
         with suppress(OSError):
-            if self.made and os.listdir(self.directory) == [".lock"]:
+            if locked and self.made and os.listdir(self.directory) == [".lock"]:
                 (self.directory / ".lock").unlink()
                 for path in self.made:
                     path.rmdir()
@@ -162,8 +164,7 @@ class RunFolder:
             self._refuse([*kept, BEST, METRICS, PLOT])
             return Found("nothing", None)
         latest = self._load_latest()
-        if latest["step"] == 0:
-            self._refuse(kept)
+        if latest["step"] == 0 and not any((self.directory / name).exists() for name in kept):
             return Found("a run begun", latest)
         finished = latest["step"] == latest["training_config"].max_steps
         return Found("a finished run" if finished else "a run", latest)
@@ -219,8 +220,8 @@ class RunFolder:
             (self.directory / METRICS).touch()
         self.size = (self.directory / METRICS).stat().st_size
         if step == 0:
-            (self.directory / BEST).unlink(missing_ok=True)
-            (self.directory / PLOT).unlink(missing_ok=True)
+            for name in (BEST, FINAL, PLOT):
+                (self.directory / name).unlink(missing_ok=True)
         return metrics
 
     def append(self, entry: dict) -> None:
@@ -308,13 +309,13 @@ class RunFolder:
         began = time.monotonic()
         with suppress(OSError), open(self.directory / METRICS, "rb") as file:
             os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
-        try:
-            for name in list(self.unsaved):
+        for name in list(self.unsaved):
+            try:
                 save_checkpoint(self.directory / name, self.unsaved[name])
-                del self.unsaved[name]
-        except InputError as error:
-            return error
-        self.save_seconds = time.monotonic() - began
+            except InputError as error:
+                return error
+            del self.unsaved[name]
+            self.save_seconds = time.monotonic() - began
         return None
 
 

@@ -80,8 +80,8 @@ def test_a_gpu_is_taken_and_one_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
-    for name in ("cuda.set_device", "backends.cuda.enable_cudnn_sdp"):
-        monkeypatch.setattr(f"torch.{name}", lambda setting: None)
+    monkeypatch.setattr(torch.cuda, "set_device", torch.cuda._utils._get_device_index)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda setting: None)
     assert use_device() == torch.device("cuda")
     assert pick_dtype("auto", torch.device("cuda")) == torch.float16
     with pytest.raises(InputError, match="there is no device cuda:1 here: pass --device cuda"):

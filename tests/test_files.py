@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import signal
@@ -103,3 +104,16 @@ def test_files_are_as_open_to_others_as_the_users_other_files(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.pt").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_drive_that_is_gone_is_one_sentence(tmp_path, monkeypatch):
+    """A stand-in for Colab's Drive after it was unmounted: every call on it fails so."""
+
+    def gone(*_, **__):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr("builtins.open", gone)
+    monkeypatch.setattr(files.os, "stat", gone)
+    monkeypatch.setattr(files.os, "open", gone)
+    with pytest.raises(InputError, match=r"a\.pt cannot be written \(Transport endpoint"):
+        write_atomically(tmp_path / "a.pt", lambda file: file.write(b"x"))

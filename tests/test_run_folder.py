@@ -323,3 +323,31 @@ def test_tied_weights_are_saved_once_under_both_names(run_dir):
         numbers = sum(t.numel() for t in weights.values()) - tied[0].numel()
         size = (run_dir / name).stat().st_size
         assert 4 * each * numbers < size < 4 * each * numbers + tied[0].nbytes
+
+
+@pytest.mark.parametrize("name", [FINAL, "StoryGPT_step_000010.pt"])
+def test_a_run_killed_in_its_first_save_goes_on_but_is_not_overwritten(
+    name, script, fails, flags, run_dir, tmp_path
+):
+    """Its weights are there, and StoryGPT_latest.pt still is that of its beginning."""
+    assert script("train.py", *flags, "--max_hours", "1e-9").code == 75
+    folder = tmp_path / "run"
+    latest = load_checkpoint(folder / LATEST)
+    save_checkpoint(folder / LATEST, latest | {"step": 0})
+    (folder / name).write_bytes(b"weights")
+    fails("train.py", *flags, says="already holds a run: continue it with --resume")
+    fails("train.py", *flags, "--resume", "--beta1", "0.8", says="already holds a run")
+    result = script("train.py", *flags, "--resume")
+    assert result.code == 0 and "beginning again" in result.output, result.output
+    assert load_checkpoint(folder / FINAL)["step"] == 20
+
+
+def test_a_refused_second_start_leaves_the_folder_that_the_first_has_made(tmp_path):
+    first, second = RunFolder(tmp_path / "new" / "run"), RunFolder(tmp_path / "new" / "run")
+    first.lock()
+    with pytest.raises(InputError, match="another process is training"):
+        second.lock()
+    second.close()
+    assert (tmp_path / "new" / "run" / ".lock").exists()
+    first.close()
+    assert not (tmp_path / "new").exists()
