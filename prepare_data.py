@@ -289,8 +289,10 @@ def write_splits(
         keep["train"] = ~keep["validation"]
     hashes = {split: read[source[split]].hashes[keep[split]] for split in SPLITS}
     first, repeated, in_train = find_duplicates(hashes["train"], hashes["validation"])
+    once = keep["train"].copy()  # each train story once, and none that is held out
+    once[once] = first
     if arguments.deduplicate:
-        keep["train"][keep["train"]] = first
+        keep["train"] = once
         if not first.any():
             raise InputError(
                 f"every train story of {arguments.dataset} is in the validation split, too: "
@@ -303,7 +305,8 @@ def write_splits(
         with (scratch / f"{source[split]}.ids").open("rb") as file:
             copy_stories(file, encoded, keep[split], writer)
             if split == "train":
-                beginnings, shares = find_openings(file, encoded, keep[split])
+                # a story that is there several times is still one story
+                beginnings, shares = find_openings(file, encoded, once)
         counts[split] = writer.close()
     tokenizer, openings = submit(
         pool, describe_in_worker, beginnings, arguments.vocab_size

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -312,21 +313,23 @@ def folder_beside(output_dir: Path | None) -> tempfile.TemporaryDirectory:
     if output_dir is None:
         return tempfile.TemporaryDirectory()
     with writing(output_dir, "pass another --output_dir"):
-        if output_dir.is_mount():  # nothing can be renamed to it
+        if os.path.ismount(output_dir):  # nothing can be renamed to it
             raise InputError(f"{output_dir} is a mount point: pass a folder in it")
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         if output_dir.exists() and any(output_dir.iterdir()):
             raise InputError(f"{output_dir} is not empty: pass a new --output_dir")
+        if output_dir.exists():
+            output_dir.rmdir()  # Windows renames nothing to what is there, even if it is empty
         return tempfile.TemporaryDirectory(prefix=".", dir=output_dir.parent)
 
 
 def check_data(arguments: Arguments, checkpoint: dict) -> None:
     """Raises InputError where --data_dir holds other data than a checkpoint was trained on; says
     what the card lacks where the checkpoint does not know that."""
-    from storygpt.record import fingerprint_of
+    from storygpt.record import data_of, fingerprint_of
 
     known, data_dir = fingerprint_of(checkpoint), arguments.data_dir
-    if "record" not in checkpoint or not checkpoint["record"]["data"]:
+    if not data_of(checkpoint):
         print(
             f"{arguments.checkpoint} is of an older version, and does not know its data: the card "
             "names no data set, no counts and no bits per byte"

@@ -179,7 +179,8 @@ class Story:
         """Returns ids and text that the page does not have yet, and the state."""
         text = published.text(self.ids)
         if self.state == "telling":
-            text = text.rstrip("\ufffd")  # half a character waits for the rest
+            # half a character waits for the rest
+            text = text[: self.sent_characters] + text[self.sent_characters :].rstrip("\ufffd")
         added = [self.ids[self.sent_ids :], text[self.sent_characters :], self.state]
         self.sent_ids, self.sent_characters = len(self.ids), len(text)
         return added

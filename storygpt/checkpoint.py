@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import torch
 from torch import nn
@@ -61,11 +62,25 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     for key, kind in KEYS.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
+    weights = checkpoint["model_state_dict"]
+    if not all(isinstance(name, str) and is_plain(weight) for name, weight in weights.items()):
+        raise InputError(f"{path} is no StoryGPT checkpoint: its weights are of another kind")
+    checkpoint["model_state_dict"] = {name: weight.float() for name, weight in weights.items()}
     for key in ("gpt_config", "training_config"):  # unpickling does not call __post_init__
         checkpoint[key] = rebuild(key, vars(checkpoint[key]), path)
     with reading_weights(path):
         read_begun(checkpoint.get("record"))
     return checkpoint
+
+
+def is_plain(weight) -> bool:
+    """Tells whether `weight` is a tensor of numbers, all of which are there."""
+    return (
+        torch.is_tensor(weight)
+        and weight.is_floating_point()
+        and weight.layout is torch.strided
+        and not weight.is_meta
+    )
 
 
 def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False) -> None:
@@ -107,11 +122,11 @@ def on_the_hub(path: Path) -> HubModel | None:
     """Returns the model that a path means, if it is none here: owner/name, owner/name@revision, or
     the address of its page (in which a Path has one slash for two)."""
     page = r"https?:/+(?:huggingface\.co|hf\.co)/([^/@]+/[^/@]+)(?:/(?:tree|blob)/([^/]+).*)?"
-    short = r"([^/@]+/[^/@]+)(?:@([^/]+))?"
+    short = r"([^/@]+/[^/@]+)(?:@(.+))?"
     found = re.fullmatch(page, path.as_posix()) or re.fullmatch(short, path.as_posix())
     if not found or path.suffix == ".pt" or path.exists() or not is_hub_id(found[1]):
         return None
-    return HubModel(name=found[1], revision=found[2])
+    return HubModel(name=found[1], revision=found[2] and unquote(found[2]))
 
 
 class SkipInit(TorchFunctionMode):

@@ -218,7 +218,7 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
             continue  # the causal mask, which old versions stored
         weight = weight.T if ".c_" in name and weight.dim() == 2 else weight
         state_dict[name] = weight.float().contiguous()
-    if "wte.weight" in state_dict:
+    if "wte.weight" in state_dict and state_dict["wte.weight"].dim() == 2:
         head = state_dict.get("lm_head.weight", state_dict["wte.weight"])
         if not torch.equal(head, state_dict["wte.weight"]):
             raise ValueError("a head that is not its embedding")

@@ -211,13 +211,16 @@ def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         why = explain(error)
         if not is_transient(error):
-            raise InputError(f"{name} cannot be downloaded {why}") from error
+            raise InputError(
+                f"{name} is no file or folder here, and cannot be downloaded {why}"
+            ) from error
     try:
         commit, files = list_files(name, kind, revision, offline=True)
     except Exception as error:
         other = ", and --dataset builtin needs no network" if kind == "dataset" else ""
         raise InputError(
-            f"{name} cannot be downloaded {why}; the cache does not have it whole{other}"
+            f"{name} is no file or folder here, and cannot be downloaded {why}; the cache does not "
+            f"have it whole{other}"
         ) from error
     print(f"taking {name} at commit {commit} from the cache {why}", file=sys.stderr)
     return Repo(name, kind, commit, files, offline=why)
@@ -425,7 +428,7 @@ def make_plan(
     titles = {path: entry.last_commit.title for path, entry in there.items()}
     if titles.get("README.md") == "initial commit":  # the Hub's own words, and nobody's
         del titles["README.md"]
-    ours = {path for path, title in titles.items() if title == repo.commit_title}
+    ours = {path for path, title in titles.items() if title.startswith(repo.commit_title)}
     theirs = {path for path in titles.keys() - ours if path in sent}
     if not ours:  # a repo of theirs: what lies beside our files would be taken for part of them
         theirs |= {path for path in titles if OF_A_MODEL.fullmatch(path)}
@@ -458,6 +461,7 @@ def send(api, repo: Built, plan: Plan) -> Published:
             ignore_patterns="README.md" if plan.keep_card else None,
             delete_patterns=[glob.escape(path) for path in plan.delete] or None,
             commit_message=repo.commit_title,
+            parent_commit=plan.before,
         )
 
     place = f"spaces/{repo.repo_id}" if repo.kind == "space" else repo.repo_id

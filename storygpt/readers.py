@@ -392,7 +392,7 @@ def parquet_stories(path: Path, column: str) -> Iterator[str | None]:
         yield from arrow_stories(batches, column, file.schema_arrow.names)
 
 
-def count_rows(paths: Iterable[Path]) -> int | None:
+def count_rows(paths: list[Path]) -> int | None:
     """Counts the rows of all files, where they are tables that know it."""
     if any(path.suffix.lower() != ".parquet" for path in paths):
         return None

@@ -138,18 +138,23 @@ def record_of(checkpoint: dict) -> Record:
 
 def origin_of(checkpoint: dict) -> dict[str, str] | None:
     """Returns the origin of the weights that a checkpoint's run started from, if any."""
-    return checkpoint.get("record", checkpoint).get("init_from")
+    return (checkpoint.get("record") or checkpoint).get("init_from")
+
+
+def data_of(checkpoint: dict) -> dict | None:
+    """Returns what a checkpoint says of its data (the fields of `Data`), if it does."""
+    return (checkpoint.get("record") or {}).get("data")
 
 
 def fingerprint_of(checkpoint: dict) -> str | None:
     """Returns the fingerprint of a checkpoint's data, where it says it."""
-    data = checkpoint["record"]["data"] if "record" in checkpoint else None
+    data = data_of(checkpoint)
     return data["fingerprint"] if data else checkpoint.get("data")
 
 
 def opening_of(checkpoint: dict) -> str:
     """Returns how most stories of a checkpoint's data begin: what to ask its model for."""
-    data = checkpoint["record"]["data"] if "record" in checkpoint else None
+    data = data_of(checkpoint)
     return data["openings"][0][0] if data and data["openings"] else PROMPT
 
 

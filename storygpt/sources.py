@@ -169,11 +169,11 @@ def open_files(
         notes = [f"validation is {', '.join(held_out)}, by its name, of {len(names):,} files"]
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
-        {split: read_files(files, part, text_column, texts) for split, part in splits.items()},
-        None if files.commit else count_rows(map(files.get, names)),
-        {reason: names for reason, names in left_out.items() if names},
-        files.commit,
-        notes,
+        splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
+        total=None if files.commit else count_rows([files.get(name) for name in names]),
+        left_out={reason: names for reason, names in left_out.items() if names},
+        commit=files.commit,
+        notes=notes,
     )
 
 
@@ -338,7 +338,7 @@ def read_configs(files: Files) -> dict[str, dict]:
     except Exception:  # no YAML at its head: it is just a README
         return {}
     try:
-        configs = {config["config_name"]: config for config in head.get("configs") or []}
+        configs = {str(config["config_name"]): config for config in head.get("configs") or []}
         return {n: c for n, c in configs.items() if "data_files" in c or "data_dir" in c}
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(UNKNOWN_README.format(files.place)) from error
@@ -388,7 +388,7 @@ def find_declared(files: Files, configs: dict[str, dict], subset: str | None) ->
             return find_files(files.names, files.left_out, below)
         for split, names in declared_files(files, config):
             found[split] += names
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, re.error) as error:
         raise InputError(UNKNOWN_README.format(files.place)) from error
     every = Counter(chain.from_iterable(found.values()))
     for name, times in every.items():

@@ -10,6 +10,7 @@ from conftest import SMALL, new_checkpoint, python
 from config import InputError, TrainingConfig
 from model import GPT
 from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
+from storygpt.record import opening_of, weights_sha256
 
 
 class Stranger:
@@ -75,6 +76,10 @@ def strangers(folder, proof):
         ("wide", new_checkpoint(gpt_config=wide), "do not fit its configuration"),
         ("short", new_checkpoint(model_state_dict={k: weights[k] for k in list(weights)[3:]}),
          "do not fit its configuration"),
+        ("whole", new_checkpoint(model_state_dict={k: w.int() for k, w in weights.items()}),
+         "its weights are of another kind"),
+        ("sparse", new_checkpoint(model_state_dict={k: w.to_sparse() for k, w in weights.items()}),
+         "its weights are of another kind"),
         ("more", new_checkpoint(model_state_dict=weights | {"more": torch.zeros(3)}),
          r"more is \(3,\), where the model has none"),
     ):  # fmt: skip
@@ -124,3 +129,12 @@ def test_every_flipped_byte_is_found_or_harmless(tmp_path):
         for name, weight in checkpoint["model_state_dict"].items():
             assert torch.equal(weight, expected[name])
     assert found > 100
+
+
+def test_weights_in_half_precision_are_read_as_float32(tmp_path):
+    weights = {name: w.bfloat16() for name, w in new_checkpoint()["model_state_dict"].items()}
+    save_checkpoint(tmp_path / "a.pt", new_checkpoint(model_state_dict=weights, record=None))
+    model, checkpoint = load_model(tmp_path / "a.pt")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert opening_of(checkpoint) == "Once upon a time"
+    assert len(weights_sha256(checkpoint["model_state_dict"])) == 64

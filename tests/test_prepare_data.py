@@ -224,7 +224,7 @@ def files_in(folder) -> dict[str, bytes]:
 def test_openings_are_those_of_the_train_stories(prepared, tmp_path):
     begin = ["Once upon a time, there was", "One day, a  little\ngirl went", "It was a “cold” day"]
     train = [f"{begin[0]} {i}." for i in range(50)] + [f"{begin[1]} {i}." for i in range(30)]
-    train += [f"Once upon a time {i}." for i in range(11)] + [begin[2]] * 3
+    train += [f"Once upon a time {i}." for i in range(11)] + [f"{begin[2]} {i}." for i in range(3)]
     train += ["This one alone is so."] + ["Too short."] * 100
     train += ["Incomprehensibilities notwithstanding, everybody went."] * 5
     for split, stories in (("train", train), ("val", ["Never seen in train."] * 900)):
@@ -233,10 +233,18 @@ def test_openings_are_those_of_the_train_stories(prepared, tmp_path):
         prepared(tmp_path / "in", tmp_path / "out", vocab_size=vocab_size)
         meta = json.loads((tmp_path / "out" / "meta.json").read_text())
         assert meta["openings"] == [
-            ["Once upon a time", 0.305],
-            ["One day, a little", 0.15],
-            ["It was a “cold", 0.015],
+            ["Once upon a time", round(61 / 97, 4)],
+            ["One day, a little", round(30 / 97, 4)],
+            ["It was a “cold", round(3 / 97, 4)],
         ]
+
+
+def test_a_story_that_is_there_three_times_gives_no_opening(prepared, tmp_path):
+    """It is one story all the same, and perhaps a private one."""
+    stories = [f"{i} begins as no other does, and ends so." for i in range(90)]
+    put(tmp_path, {"a.jsonl": jsonl(stories + ["Anna Maria Smith lives at 7 Elm Street."] * 3)})
+    prepared(tmp_path / "a.jsonl", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["openings"] == []
 
 
 def test_openings_are_at_most_five_and_count_what_is_left_of_train(prepared, tmp_path):

@@ -225,8 +225,11 @@ def test_a_readme_that_declares_its_splits_is_followed(tmp_path):
     refused(tmp_path, "declares *.txt: there is no such file", subset="fr")
     put(tmp_path, {"README.md": README.replace("[held_out/train.jsonl]", "en/*")})
     refused(tmp_path, "val.jsonl twice", subset="en")
-    put(tmp_path, {"README.md": "---\nconfigs: 3\n---\n"})
-    refused(tmp_path, "in no way that is known")
+    for head in ("configs: 3", "configs:\n- config_name: en\n  data_files: 'en/[z-a]*.jsonl'"):
+        put(tmp_path, {"README.md": f"---\n{head}\n---\n"})
+        refused(tmp_path, "in no way that is known")
+    put(tmp_path, {"README.md": README.replace("name: en", "name: 2012")})
+    assert read(tmp_path, subset="2012")["train"] == LONG[:6]
 
 
 def test_a_readme_that_declares_nothing_is_a_note(tmp_path):

@@ -1,6 +1,7 @@
 """The loss of each story alone, which compares models of any vocabulary and context."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -50,17 +51,14 @@ def story_losses(
     and gives a (T, vocab_size) tensor a row, on any device. Divided by the UTF-8 bytes of the
     stories' text, the sum compares models of any vocabulary and context.
     """
-    windows = [
-        (story, x, y)
-        for story, ids in enumerate(stories)
-        for x, y in scored_windows(ids, end_of_text, context_length)
-    ]
-    windows.sort(key=lambda window: len(window[1]))  # a batch is as wide as its longest row
+    order = sorted(range(len(stories)), key=lambda i: len(stories[i]))
+    windows = (  # one batch of them in memory, as wide as its longest row
+        (i, x, y) for i in order for x, y in scored_windows(stories[i], end_of_text, context_length)
+    )
     nats = np.zeros(len(stories))
-    with progress_bar(total=len(windows), unit=" windows", desc="scoring", leave=False) as bar:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            idx = np.full((len(batch), len(batch[-1][1])), end_of_text)
+    with progress_bar(unit=" windows", desc="scoring", leave=False) as bar:
+        while batch := list(islice(windows, batch_size)):
+            idx = np.full((len(batch), max(len(y) for *_, y in batch)), end_of_text)
             for row, (_, x, _) in zip(idx, batch, strict=True):
                 row[: len(x)] = x  # what follows is after all that is scored: causal, no mask
             rows = logits(torch.from_numpy(idx))
