@@ -221,7 +221,8 @@ class RunFolder:
         self.size = (self.directory / METRICS).stat().st_size
         if step == 0:
             for name in (BEST, FINAL, PLOT):
-                (self.directory / name).unlink(missing_ok=True)
+                with suppress(OSError):  # what cannot go is in the way of a save, which says so
+                    (self.directory / name).unlink()
         return metrics
 
     def append(self, entry: dict) -> None:
