@@ -234,7 +234,7 @@ def test_a_model_is_known_by_its_weights_file_its_address_and_its_revision(
             (f"https://huggingface.co/you/x/blob/{old}/model.safetensors", 0),
         ):
             assert begins(name, **environment) == stories[told], name
-        says = "you/x is no file or folder here, and cannot be downloaded (HTTP 404): there is no such"
+        says = "you/x is no file or folder here, and cannot be downloaded (HTTP 404)"
         fails("generate.py", "--checkpoint", "you/x@none", says=says, **environment)
     page = "https://example.com/you/x"
     fails("generate.py", "--checkpoint", page, says="there is no checkpoint https:/example.com")
