@@ -19,7 +19,7 @@ from model import GPT, check_sampling
 from storygpt.checkpoint import load_to_generate
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 from storygpt.device import use_device
-from storygpt.files import EVALUATION, write_atomically
+from storygpt.files import EVALUATION, write_bytes
 from storygpt.generation import GenerationSettings
 from storygpt.judging.judge import collect_stories, judge_stories
 from storygpt.judging.measures import story_table
@@ -167,7 +167,7 @@ def main() -> None:
             print(f"longest run from train.bin, {title}: {copy['tokens']} tokens {copy['text']!r}")
     if arguments.output:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(arguments.output, lambda file: file.write(text.encode()))
+        write_bytes(arguments.output, text.encode())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from config import InputError, check_whole
 from storygpt.checkpoint import load_model
 from storygpt.cli import command_line, parse_flags, run
 from storygpt.device import use_device
-from storygpt.files import write_atomically
+from storygpt.files import write_bytes
 from storygpt.judging.measures import NUM_RESAMPLES
 from storygpt.judging.story_losses import logits_of, story_losses
 from storygpt.token_files import data_fingerprint, load_meta, load_tokens, split_stories
@@ -205,7 +205,7 @@ def main() -> None:
         )
     if arguments.output:
         text = json.dumps({"of": of, "models": lines}, indent=2) + "\n"
-        write_atomically(arguments.output, lambda file: file.write(text.encode()))
+        write_bytes(arguments.output, text.encode())
     if missing:
         flags = {"data_dir": arguments.data_dir, "num_stories": arguments.num_stories}
         flags |= {"output": arguments.output} if arguments.output else {}

@@ -85,12 +85,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 os.close(folder)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file of `data`, as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(data))
+
+
 def save_figure(figure, path: Path, dpi: int) -> None:
     """Writes a matplotlib figure as a PNG. Raises InputError as `write_atomically` does."""
     image = io.BytesIO()
     # without the version of matplotlib, so that the same picture is the same file
     figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    write_bytes(path, image.getvalue())
 
 
 def refuse_pointers(paths: list[Path]) -> None:

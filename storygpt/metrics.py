@@ -9,7 +9,7 @@ import numpy as np
 
 from config import InputError
 from storygpt.cli import warn
-from storygpt.files import save_figure, write_atomically
+from storygpt.files import save_figure, write_bytes
 
 
 def parse_metrics(text: bytes, path: Path) -> list[dict]:
@@ -55,7 +55,7 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
         warn(f"{path} has no steps {', '.join(gaps)}: the curves go without them")
     kept = "".join(json.dumps(entry) + "\n" for entry in metrics).encode()
     if kept != text:
-        write_atomically(path, lambda file: file.write(kept))
+        write_bytes(path, kept)
     return metrics
 
 
