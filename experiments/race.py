@@ -3,10 +3,11 @@
 Each run is a process of its own, one after the other: our train.py, or that of a checkout of
 nanoGPT, unchanged. Shape, batch, warm-up and a cosine to a tenth of the peak are the same for all;
 the rest is as each comes (ours in bfloat16 where the machine has it; nanoGPT without biases, on a
-CPU in float32). The cosine has to end with the seconds, so a few steps tell first how many a
-quarter of the seconds holds, and the quarter of the best learning rate how many a whole run has.
+CPU in float32). The cosine has to end with the seconds, so a few steps tell first how many those
+hold, or, where there are learning rates to choose from, how many a quarter of the seconds holds.
 
-A point of the curves is a checkpoint, scored after its run on every token held out.
+A point of the curves is a checkpoint, scored after its run on every token held out. An interrupted
+race goes on: a run that has ended is not made again.
 """
 
 import sys
@@ -20,10 +21,12 @@ if __name__ == "__main__":
     cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import contextlib
+import json
 import math
 import pickle
 import re
 import runpy
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -41,13 +44,15 @@ from config import GPTConfig, InputError, OptimizerName, TrainingConfig, check_w
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.device import use_device
-from storygpt.files import save_figure, step_name
+from storygpt.files import save_figure, step_name, write_bytes, writing
 from storygpt.losses import exact_loss
-from storygpt.token_files import bits_per_byte, load_meta, load_tokens
+from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta, load_tokens
 
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 POINTS = 10  # of a curve: checkpoints of a run, evenly spread
-FEW_STEPS = 40  # tell the speed
+FEW_STEPS = 200  # tell the speed
+SECONDS = "seconds.json"  # of the checkpoints of a run that has ended
+SHARED = ("batch_size", "device")  # by all runs of a race, beside the model
 SHAPE = ("n_layer", "n_head", "n_embd", "dropout")  # what all call the same
 
 
@@ -59,7 +64,7 @@ class Arguments:
     data_dir: Path = Path("data")
     """Folder that prepare_data.py wrote."""
     output_dir: Path = Path("checkpoints/race")
-    """New folder for the picture, race.png, and the checkpoints of all runs."""
+    """Folder for the picture, race.png, and the checkpoints of all runs."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT; without one it does not take part."""
     seconds: float = 1800
@@ -147,14 +152,12 @@ def our_recipe(arguments: Arguments, score: Callable, optimizer: OptimizerName) 
 
 
 def nanogpt(arguments: Arguments, score: Callable) -> Contender:
-    """Returns nanoGPT, its data beside the runs. Raises InputError where it is not there."""
+    """Returns nanoGPT, its data beside the runs."""
     checkout, data = arguments.nanogpt.resolve(), arguments.output_dir.resolve() / "nanogpt_data"
-    for name in ("train.py", "model.py", "configurator.py"):
-        if not (checkout / name).exists():
-            raise InputError(f"{checkout} is no checkout of nanoGPT: it has no {name}")
-    data.mkdir(parents=True)
+    data.mkdir(parents=True, exist_ok=True)
     for split, name in (("train", "train.bin"), ("validation", "val.bin")):
-        (data / name).symlink_to((arguments.data_dir / f"{split}.bin").resolve())
+        if not (data / name).exists():
+            (data / name).symlink_to((arguments.data_dir / f"{split}.bin").resolve())
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": arguments.gpt.vocab_size}))
 
     # what it could not do there
@@ -195,7 +198,6 @@ def warm_up(steps: int) -> int:
     return min(50, steps // 4)
 
 
-@cache  # the run of FEW_STEPS is the quarter of few seconds
 def train(
     arguments: Arguments,
     contender: Contender,
@@ -204,9 +206,24 @@ def train(
     steps: int,
     points: int,
 ) -> Run:
-    """Trains for so many steps with so many checkpoints. Raises InputError where that fails."""
+    """Trains for so many steps with so many checkpoints, unless that was done before.
+
+    Raises InputError where it fails.
+    """
     name = f"{contender.name}, rate {learning_rate:.2g}, seed {seed}, {steps} steps, {points} kept"
     folder = arguments.output_dir.resolve() / name
+    kept = range(steps // points, steps + 1, steps // points)
+    run = Run(
+        contender=contender,
+        learning_rate=learning_rate,
+        seed=seed,
+        steps=list(kept),
+        seconds=[],
+        checkpoints=[folder / step_name(step) for step in kept],
+    )
+    if (folder / SECONDS).exists():
+        return replace(run, seconds=json.loads((folder / SECONDS).read_text()))
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     flags = {
         **{name: getattr(arguments.gpt, name) for name in SHAPE},
         "batch_size": arguments.batch_size,
@@ -237,18 +254,24 @@ def train(
             raise
     if process.returncode:
         raise InputError(f"the run in {folder} ended with {process.returncode}: {last_line}")
-    kept = range(steps // points, steps + 1, steps // points)
-    checkpoints = [folder / step_name(step) for step in kept]
-    seconds = [path.stat().st_mtime - started for path in checkpoints]
+    seconds = [path.stat().st_mtime - started for path in run.checkpoints]
     print(f"{name}: {seconds[-1]:.0f} s", flush=True)
-    return Run(
-        contender=contender,
-        learning_rate=learning_rate,
-        seed=seed,
-        steps=list(kept),
-        seconds=seconds,
-        checkpoints=checkpoints,
-    )
+    write_bytes(folder / SECONDS, json.dumps(seconds).encode())
+    return replace(run, seconds=seconds)
+
+
+def open_folder(arguments: Arguments, meta: dict) -> None:
+    """Makes the folder, and notes there what all runs share. Raises InputError where it holds
+    another race."""
+    shared = asdict(arguments.gpt) | {name: getattr(arguments, name) for name in SHARED}
+    note = json.dumps(shared | {"data": data_fingerprint(meta)}, indent=1).encode()
+    path = arguments.output_dir / "race.json"
+    if not arguments.output_dir.exists():
+        with writing(arguments.output_dir):
+            arguments.output_dir.mkdir(parents=True)
+        write_bytes(path, note)
+    elif not path.exists() or path.read_bytes() != note:
+        raise InputError(f"{arguments.output_dir} holds another race: pass another --output_dir")
 
 
 def table(runs: list[Run], counts: dict) -> str:
@@ -279,20 +302,21 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
 
 def race(arguments: Arguments, contenders: list[Contender]) -> list[Run]:
     """Returns a run of the seconds asked for each contender, then those of the winner's seeds."""
-    quarters = []
+    shorter = []
     for contender in contenders:
         run = partial(train, arguments, contender, seed=contender.seeds[0], points=2)
-        few = run(contender.learning_rates[0], steps=FEW_STEPS)
-        steps = max(FEW_STEPS, few.steps_in(arguments.seconds / 4))
-        tried = [run(learning_rate, steps=steps) for learning_rate in contender.learning_rates]
-        quarters.append(min(tried, key=lambda run: run.last_loss))
+        tried = [run(contender.learning_rates[0], steps=FEW_STEPS)]
+        if len(contender.learning_rates) > 1:
+            steps = max(FEW_STEPS, tried[0].steps_in(arguments.seconds / 4))
+            tried = [run(learning_rate, steps=steps) for learning_rate in contender.learning_rates]
+        shorter.append(min(tried, key=lambda run: run.last_loss))
 
-    def whole(quarter: Run, seed: int) -> Run:
-        run = partial(train, arguments, quarter.contender, quarter.learning_rate, seed)
-        return run(steps=quarter.steps_in(arguments.seconds), points=POINTS)
+    def whole(short: Run, seed: int) -> Run:
+        run = partial(train, arguments, short.contender, short.learning_rate, seed)
+        return run(steps=short.steps_in(arguments.seconds), points=POINTS)
 
-    runs = [whole(quarter, quarter.seed) for quarter in quarters]
-    _, best = min(zip(runs, quarters, strict=True), key=lambda pair: pair[0].last_loss)
+    runs = [whole(short, short.seed) for short in shorter]
+    _, best = min(zip(runs, shorter, strict=True), key=lambda pair: pair[0].last_loss)
     return runs + [whole(best, seed) for seed in best.contender.seeds[1:]]
 
 
@@ -306,9 +330,11 @@ def main() -> None:
     contenders_named = arguments.optimizers or arguments.nanogpt
     if not (contenders_named and arguments.learning_rates and arguments.seeds):
         raise InputError("pass one or more of --optimizers, of --learning_rates and of --seeds")
-    if arguments.output_dir.exists():
-        raise InputError(f"{arguments.output_dir} is there already: pass another --output_dir")
+    for name in ("train.py", "model.py", "configurator.py"):
+        if arguments.nanogpt and not (arguments.nanogpt / name).exists():
+            raise InputError(f"{arguments.nanogpt} is no checkout of nanoGPT: it has no {name}")
     meta = load_meta(arguments.data_dir, gpt.vocab_size)
+    open_folder(arguments, meta)
     tokens = load_tokens(arguments.data_dir, "validation", meta, gpt.context_length)
 
     def score(model: nn.Module) -> float:

@@ -112,9 +112,11 @@ def test_a_race_scores_ours_and_nanogpt_on_all_that_is_held_out(script, data_dir
         assert float(row["loss"]) == pytest.approx(expected, abs=6e-4)
         bits = expected / math.log(2) * counts["tokens"] / counts["bytes"]
         assert float(row["bits a byte"]) == pytest.approx(bits, abs=6e-4)
-    steps = {path.name for path in output.glob("nanoGPT*10 kept/*")}
+    steps = {path.name for path in output.glob("nanoGPT*10 kept/*.pt")}
     assert steps == {f"StoryGPT_step_{step:06}.pt" for step in range(1, 11)}
     assert np.ptp(image.imread(output / "race.png")[..., :3]) > 0.5
+    again = script(RACE, *SMALL, "--optimizers", "muon", *seeds, *flags)  # nothing is left to run
+    assert rows_of(again.output) == rows and " s\n" not in again.output
     assert pickle.loads((output / "nanogpt_data" / "meta.pkl").read_bytes()) == {"vocab_size": 512}
 
 
@@ -143,4 +145,4 @@ def test_a_race_says_what_is_wrong(fails, data_dir, checkout, tmp_path):
     assert not (tmp_path / "race").exists()
     theirs = ("--optimizers", "--nanogpt", checkout, "--learning_rates", 2)
     fails(RACE, *flags, *theirs, says="ended with 1: ValueError: that is too much")
-    fails(RACE, *flags, says="is there already")
+    fails(RACE, *flags, "--batch_size", 4, says="holds another race")
