@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from config import InputError, PresetName, check_whole, preset
 from storygpt.cli import one_line, parse_flags, progress_bar, run
-from storygpt.encoding import NO_STORIES, Encoded, encode_stories, join, opening_of
+from storygpt.encoding import NO_STORIES, Encoded, concatenate, encode_stories, opening_of
 from storygpt.files import writing
 from storygpt.sources import Stories, list_left_out, open_stories
 from storygpt.token_files import SPLITS, install, write_split
@@ -169,7 +169,7 @@ def encode_splits(
                     f"{arguments.dataset} has no stories for the {split} split: "
                     "check --dataset and --text_column"
                 )
-            read[split] = join(parts)
+            read[split] = concatenate(parts)
     return read, skipped["empty"], int(seen.sum())
 
 
@@ -178,7 +178,8 @@ def write_splits(
 ) -> dict:
     """Writes the two files in `scratch` from what was `read` into it; returns what meta.json says
     of what they hold. Raises InputError where a split would be empty."""
-    encoded, sizes = join(read.values()), [len(part.tokens) for part in read.values()]
+    encoded = concatenate(read.values())
+    sizes = [len(part.tokens) for part in read.values()]
     if "validation" in read:
         held_out = np.repeat([split == "validation" for split in read], sizes)
     else:

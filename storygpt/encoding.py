@@ -49,7 +49,7 @@ NO_STORIES = Encoded(
 )
 
 
-def join(parts: Iterable[Encoded]) -> Encoded:
+def concatenate(parts: Iterable[Encoded]) -> Encoded:
     """Returns the stories of all parts, in their order."""
     return Encoded._make(map(np.concatenate, zip(NO_STORIES, *parts, strict=True)))
 
