@@ -48,6 +48,7 @@ class Run:
     name: str
     settings: dict
     parameters: int
+    machine: str  # what it runs on now, and in which precision
     data: str | None  # the fingerprint of what it trains on, where the run still tells
     step: np.ndarray
     tokens: np.ndarray
@@ -85,6 +86,7 @@ def read_run(folder: Path) -> Run:
         name=str(folder),
         settings={name: value for name, value in settings.items() if name not in MAY_CHANGE},
         parameters=build_model(checkpoint, folder / names[0]).num_parameters(),
+        machine=" in ".join(checkpoint[key] for key in ("card", "dtype") if key in checkpoint),
         data=fingerprint_of(checkpoint),
         step=steps[evaluated],
         tokens=tokens[evaluated],
@@ -141,6 +143,7 @@ def table(recipes: list[list[Run]], scales: dict[str, float]) -> str:
         "run": label,
         **{name: lambda recipe, name=name: str(recipe[0].settings[name]) for name in shown},
         "parameters": lambda recipe: f"{recipe[0].parameters:,}",
+        "machine": lambda recipe: ", ".join(dict.fromkeys(run.machine for run in recipe)),
     }
     figures: dict[str, tuple[Callable[[Run], float], str]] = {
         "step": (lambda run: run.step[-1], ",.0f"),

@@ -61,6 +61,7 @@ def test_compare_draws_curves_and_a_row_for_each_recipe(runs, tmp_path):
     assert adamw["run"] == f"{runs[0]}, {runs[1]}" and muon["run"] == str(runs[2])
     assert (adamw["optimizer"], muon["optimizer"]) == ("adamw", "muon")
     assert (muon["step"], muon["tokens"]) == ("20", f"{20 * 4 * 2 * 64:,}")
+    assert muon["machine"] == "cpu in float32"
 
     both = [
         [line["val_loss"] for line in metrics_of(run) if "val_loss" in line] for run in runs[:2]
