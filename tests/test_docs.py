@@ -268,6 +268,18 @@ def test_larger_data_by_datatrove(script, tmp_path):
     assert sum(split["stories"] for split in splits.values()) == 60
 
 
+def test_the_keys_of_evaluation_json_are_those_of_its_table(script, world, tmp_path):
+    result = script(
+        "evaluate.py", "--num_stories", 2, "--output", tmp_path / "evaluation.json", cwd=world
+    )
+    assert result.code == 0, result.output
+    section = (
+        read(ROOT / "docs/publishing.md").split("### How its stories read")[1].split("\n## ")[0]
+    )
+    documented = re.findall("`(\\w+)`", " ".join(re.findall(r"^\| (.+?) \|", section, re.M)))
+    assert documented == [*json.loads((tmp_path / "evaluation.json").read_text())]
+
+
 def headings(text: str) -> set[str]:
     """The anchors that GitHub gives a document's headings."""
     titles = re.findall(r"^#+ (.+)$", text, re.M)
