@@ -273,10 +273,9 @@ def test_the_keys_of_evaluation_json_are_those_of_its_table(script, world, tmp_p
         "evaluate.py", "--num_stories", 2, "--output", tmp_path / "evaluation.json", cwd=world
     )
     assert result.code == 0, result.output
-    section = (
-        read(ROOT / "docs/publishing.md").split("### How its stories read")[1].split("\n## ")[0]
-    )
-    documented = re.findall("`(\\w+)`", " ".join(re.findall(r"^\| (.+?) \|", section, re.M)))
+    text = read(ROOT / "docs/publishing.md").split("### How its stories read")[1]
+    first_cells = re.findall(r"^\| (.+?) \|", text.split("\n## ")[0], re.M)
+    documented = re.findall(r"`(\w+)`", " ".join(first_cells))
     assert documented == [*json.loads((tmp_path / "evaluation.json").read_text())]
 
 
