@@ -373,7 +373,6 @@ def test_the_hours_are_the_arithmetic_that_stands_below_them():
 def test_what_the_symptoms_quote_is_what_the_code_says():
     paths = [*ROOT.glob("*.py"), *ROOT.glob("storygpt/*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(map(read, paths)))  # sentences of several lines
-    code = code.replace("{found.what}", "a run")
     text = read(ROOT / "docs/training.md").split("## Choosing")[0]
     seen = re.findall(r"^\| (?!you see)(.+?) \| .* \| .* \|$", text, re.M)
     quoted = [quote for cell in seen for quote in re.findall("`(.+?)`", cell)]
