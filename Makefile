@@ -9,7 +9,7 @@ BEST = --checkpoint checkpoints/demo/StoryGPT_best.pt
 
 demo: .venv/requirements
 	rm -rf data/demo checkpoints/demo
-	$(BIN)/python prepare_data.py --dataset builtin --vocab_size 4096 $(DEMO)
+	$(BIN)/python prepare_data.py --dataset builtin --preset demo $(DEMO)
 	$(BIN)/python train.py --preset demo $(DEMO) --checkpoint_dir checkpoints/demo
 	$(BIN)/python evaluate.py $(BEST) $(DEMO) --num_stories 50
 	@echo "The loss plot is checkpoints/demo/loss_plot.png. Three stories:"

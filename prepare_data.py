@@ -1,6 +1,6 @@
 """Script: stories in, token files out.
 
-One pass encodes all stories into scratch files and keeps of each its length and hashes; then the
+One pass encodes all stories into a scratch file and keeps of each its length and hashes; then the
 stories held out, and with --deduplicate the repeated ones, are known, and the files are written.
 """
 
@@ -19,8 +19,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -29,19 +29,20 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from config import InputError, check_whole
+from config import InputError, PresetName, check_whole, preset
 from storygpt.cli import one_line, parse_flags, progress_bar, run
-from storygpt.encoding import NO_STORIES, Encoded, encode_stories, opening_of
+from storygpt.encoding import NO_STORIES, Encoded, concatenate, encode_stories, opening_of
 from storygpt.files import writing
 from storygpt.sources import Stories, list_left_out, open_stories
-from storygpt.token_files import SPLITS, SplitWriter, install
-from storygpt.tokenizer import GPT2_VOCAB_SIZE, check_vocab_size, load_tokenizer
+from storygpt.token_files import SPLITS, install, write_split
+from storygpt.tokenizer import check_vocab_size, load_tokenizer
 
 BATCH = 1_000  # stories a worker encodes at once, unless they have more than
 BATCH_CHARACTERS = 2**20
 MOST_PROCESSES = 61 if sys.platform == "win32" else 1_000  # no more can be waited for on Windows
 NUM_OPENINGS = 5
 RAREST_OPENING = 0.01  # of the stories
+SCRATCH_IDS = "stories.ids"  # of all stories, whatever their split
 
 
 def usable_cpus() -> int:
@@ -66,8 +67,11 @@ class Arguments:
     """Most stories to take of each split; from the Hub, only files with these are downloaded."""
     text_column: str = "text"
     """The column that holds the stories; `story.text` is the field text of the column story."""
-    vocab_size: int = GPT2_VOCAB_SIZE
-    """Token ids to use: GPT-2's first vocab_size - 1 tokens and end-of-text."""
+    preset: PresetName = "storygpt"
+    """The preset of train.py whose model is to read the files: where vocab_size comes from."""
+    vocab_size: int | None = None
+    """Token ids to use: GPT-2's first vocab_size - 1 tokens and end-of-text; None takes the
+    preset's."""
     validation_fraction: float = 0.01
     """Share of stories held out where the data set has no validation split."""
     deduplicate: bool = False
@@ -78,6 +82,166 @@ class Arguments:
     """Folder to write to."""
     seed: int = 1337
     """Seed of the hold-out and of the built-in stories."""
+
+
+def main() -> None:
+    prepare(parse_flags(Arguments))
+
+
+def prepare(arguments: Arguments) -> None:
+    """Writes the three files of `arguments.data_dir`, and prints what they hold.
+
+    They are made beside it and moved in whole at the end: until then the old ones stay.
+    Raises InputError.
+    """
+    if arguments.vocab_size is None:
+        arguments = replace(arguments, vocab_size=preset(arguments.preset)[0].vocab_size)
+    check_arguments(arguments)
+    start, data_dir = time.perf_counter(), arguments.data_dir
+    with start_workers(arguments.num_proc) as pool:
+        submit(pool, describe_in_worker, [], arguments.vocab_size)  # a worker gets ready meanwhile
+        source = open_stories(
+            arguments.dataset,
+            text_column=arguments.text_column,
+            subset=arguments.subset,
+            revision=arguments.revision,
+            seed=arguments.seed,
+        )
+        with (
+            writing(data_dir, "free some space or pass another --data_dir"),
+            scratch_folder(data_dir) as scratch,
+        ):
+            read, empty, distinct = encode_splits(source, scratch, pool, arguments)
+            meta = {
+                "dataset": arguments.dataset,
+                "subset": arguments.subset,
+                "revision": source.commit,
+                **write_splits(scratch, read, pool, arguments),
+            }
+            install(scratch, data_dir, meta)
+    seconds = time.perf_counter() - start
+    summarize(meta, source, arguments=arguments, empty=empty, distinct=distinct, seconds=seconds)
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Raises InputError with the first number that is off."""
+    if not 0 < arguments.validation_fraction < 1:
+        raise InputError(
+            f"validation_fraction {arguments.validation_fraction} is not between 0 and 1: "
+            "pass --validation_fraction 0.01"
+        )
+    check_whole("num_proc", arguments.num_proc, 1, MOST_PROCESSES)
+    check_whole("seed", arguments.seed, 0, 2**63 - 1)
+    if arguments.max_stories is not None:
+        check_whole("max_stories", arguments.max_stories, 1)
+    check_vocab_size(arguments.vocab_size)
+
+
+def encode_splits(
+    source: Stories, scratch: Path, pool: Executor, arguments: Arguments
+) -> tuple[dict[str, Encoded], int, int]:
+    """Writes the ids of all stories to one file in `scratch`; returns what is kept of each beside
+    them, by split, how many stories were empty, and how many different ids there are.
+
+    Raises InputError where a split has no stories.
+    """
+    read, skipped, seen = {}, Counter(), np.zeros(arguments.vocab_size, bool)
+    total = arguments.max_stories or source.total
+    with (
+        progress_bar(total=total, unit=" stories", desc="encoding") as bar,
+        (scratch / SCRATCH_IDS).open("wb") as file,
+    ):
+        for split, rows in source.splits.items():
+            stories = islice(kept_stories(rows, skipped), arguments.max_stories)
+            parts = []
+            for part in encode_in_parallel(
+                batched(stories),
+                pool,
+                vocab_size=arguments.vocab_size,
+                num_proc=arguments.num_proc,
+            ):
+                file.write(part.ids.data)
+                seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them
+                parts.append(part._replace(ids=NO_STORIES.ids))  # a slice would keep all of them
+                bar.update(len(part.tokens))
+            if not parts:
+                raise InputError(
+                    f"{arguments.dataset} has no stories for the {split} split: "
+                    "check --dataset and --text_column"
+                )
+            read[split] = concatenate(parts)
+    return read, skipped["empty"], int(seen.sum())
+
+
+def write_splits(
+    scratch: Path, read: dict[str, Encoded], pool: Executor, arguments: Arguments
+) -> dict:
+    """Writes the two files in `scratch` from what was `read` into it; returns what meta.json says
+    of what they hold. Raises InputError where a split would be empty."""
+    encoded = concatenate(read.values())
+    sizes = [len(part.tokens) for part in read.values()]
+    if "validation" in read:
+        held_out = np.repeat([split == "validation" for split in read], sizes)
+    else:
+        fraction, seed = arguments.validation_fraction, arguments.seed
+        held_out = hold_out(sum(sizes), fraction, seed=seed, name=arguments.dataset)
+    once, repeated, in_train = find_duplicates(encoded.hashes, held_out)
+    if arguments.deduplicate and not once.any():
+        raise InputError(
+            f"every train story of {arguments.dataset} is in the validation split, too: "
+            "leave out --deduplicate"
+        )
+    keep = {"train": once if arguments.deduplicate else ~held_out, "validation": held_out}
+    counts = {}
+    with (scratch / SCRATCH_IDS).open("rb") as file:
+        for split in SPLITS:
+            counts[split] = write_split(
+                scratch / f"{split}.bin",
+                read_ids(file, encoded, keep[split]),
+                stories=int(keep[split].sum()),
+                num_bytes=int(encoded.bytes[keep[split]].sum()),
+            )
+        # a story that is there several times is still one story
+        beginnings, shares = find_openings(file, encoded, once)
+    described = submit(pool, describe_in_worker, beginnings, arguments.vocab_size)
+    tokenizer, openings = described.result()
+    return {
+        **tokenizer,
+        "splits": counts,
+        "duplicates": {"in train": repeated, "validation in train": in_train},
+        "deduplicated": arguments.deduplicate,
+        "openings": list(zip(openings, shares, strict=True)),
+    }
+
+
+def summarize(
+    meta: dict, source: Stories, arguments: Arguments, empty: int, distinct: int, seconds: float
+) -> None:
+    """Prints what was read, what was not, and what the files hold."""
+    counts = meta["splits"]
+    total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
+    if source.commit:
+        print(f"{arguments.dataset} at commit {source.commit}")
+    for split in SPLITS:
+        c = counts[split]
+        print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
+    repeated, in_train = meta["duplicates"].values()
+    print(
+        f"{total['bytes'] / total['tokens']:.2f} bytes a token, {distinct:,} distinct ids "
+        f"of {arguments.vocab_size:,}, {empty:,} empty stories skipped\n"
+        f"duplicates: {repeated:,} train stories repeat another, {in_train:,} validation stories "
+        "are in train, too" + ("; dropped from train" if meta["deduplicated"] else "")
+    )
+    for note in source.notes:
+        print(f"note: {note}")
+    if "validation" in source.splits and counts["validation"]["stories"] == 1:
+        print("note: validation is a single story: its loss will say little")
+    if source.left_out:
+        print(f"not read: {list_left_out(source.left_out)}")
+    print(
+        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with at most "
+        f"{arguments.num_proc} processes; written to {arguments.data_dir}"
+    )
 
 
 # --- Encoding, in worker processes ---
@@ -171,7 +335,7 @@ def encode_in_parallel(
         yield result(waiting.popleft())
 
 
-# --- From stories to files ---
+# --- Which stories go where ---
 
 
 def kept_stories(stories: Iterable[str | None], skipped: Counter) -> Iterator[str]:
@@ -187,22 +351,22 @@ def kept_stories(stories: Iterable[str | None], skipped: Counter) -> Iterator[st
             skipped["empty"] += 1
 
 
-def find_duplicates(train: np.ndarray, validation: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Finds which train stories are the first of their kind and not in validation, (train,) bool;
+def find_duplicates(hashes: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Finds which train stories are the first of their kind and not in validation, (stories,) bool;
     how many train stories repeat an earlier one, and how many validation stories are in train.
 
-    The stories are given as hashes, (stories, 2) uint64.
+    The stories are given as hashes, (stories, 2) uint64; `held_out`, (stories,) bool, are those of
+    validation.
     """
-    hashes = np.concatenate((validation, train))
     order = np.lexsort(hashes.T)
     new = np.diff(hashes[order], axis=0, prepend=hashes[order[:1]]).any(1)
     kind = np.empty(len(order), np.int64)
     kind[order] = new.cumsum()
-    of_validation, of_train = kind[: len(validation)], kind[len(validation) :]
-    kinds, first = np.unique(of_train, return_index=True)
-    keep = np.zeros(len(train), bool)
-    keep[first] = ~np.isin(kinds, of_validation)
-    return keep, len(train) - len(kinds), int(np.isin(of_validation, kinds).sum())
+    train = np.flatnonzero(~held_out)
+    kinds, first = np.unique(kind[train], return_index=True)
+    once = np.zeros(len(hashes), bool)
+    once[train[first]] = ~np.isin(kinds, kind[held_out])
+    return once, len(train) - len(kinds), int(np.isin(kind[held_out], kinds).sum())
 
 
 def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
@@ -221,31 +385,15 @@ def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndar
     return held_out
 
 
-def copy_stories(file: BinaryIO, encoded: Encoded, keep: np.ndarray, writer: SplitWriter) -> None:
-    """Copies the ids of the stories to `keep` from a scratch file (encoded.ids stays empty)."""
-    ends = np.concatenate(([0], encoded.tokens.cumsum(dtype=np.int64)))
+def read_ids(file: BinaryIO, encoded: Encoded, keep: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the ids of the stories to `keep`, (stories,) bool, from a scratch file that holds
+    those of all stories of `encoded`: (tokens,) uint16, about a million at a time."""
+    starts = encoded.starts
     changes = np.flatnonzero(np.diff(keep, prepend=False, append=False))
     for first, last in changes.reshape(-1, 2):
-        file.seek(2 * ends[first])
-        for start in range(ends[first], ends[last], 2**20):
-            ids = np.fromfile(file, "<u2", min(2**20, ends[last] - start))
-            writer.write(ids)
-    writer.count(keep.sum(), encoded.bytes[keep].sum())
-
-
-def write_ids(parts: Iterable[Encoded], path: Path, bar, seen: np.ndarray) -> Encoded:
-    """Writes the ids of all stories to the file `path`; returns what is kept of each beside them.
-
-    Marks the ids that are used in `seen`, (vocab_size,) bool.
-    """
-    kept = [NO_STORIES]
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part.ids.data)
-            seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them itself
-            kept.append(part._replace(ids=NO_STORIES.ids))  # a slice would keep all of them
-            bar.update(len(part.tokens))
-    return Encoded._make(map(np.concatenate, zip(*kept, strict=True)))
+        file.seek(2 * starts[first])
+        for start in range(starts[first], starts[last], 2**20):
+            yield np.fromfile(file, "<u2", min(2**20, starts[last] - start))
 
 
 def find_openings(
@@ -256,7 +404,6 @@ def find_openings(
 
     What one story alone begins with, or less than one in a hundred, is not to be shown.
     """
-    ends = np.concatenate(([0], encoded.tokens.cumsum(dtype=np.int64)))
     kept = np.flatnonzero(keep)
     kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
     common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
@@ -264,60 +411,10 @@ def find_openings(
     beginnings, shares = [], []
     for kind in commonest[:NUM_OPENINGS]:
         story = kept[firsts[kind]]
-        file.seek(2 * ends[story])
+        file.seek(2 * encoded.starts[story])
         beginnings.append(np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1)).tolist())
         shares.append(round(counts[kind] / len(kept), 4))
     return beginnings, shares
-
-
-def write_splits(
-    scratch: Path, read: dict[str, Encoded], pool: Executor, arguments: Arguments
-) -> dict:
-    """Writes the two files in `scratch` from what was encoded there; return what meta.json says of
-    what they hold. Raises InputError where a split would be empty."""
-    source, keep = dict.fromkeys(SPLITS, "train"), {}
-    for split, encoded in read.items():
-        source[split], keep[split] = split, np.ones(len(encoded.tokens), bool)
-        if not len(encoded.tokens):
-            raise InputError(
-                f"{arguments.dataset} has no stories for the {split} split: "
-                "check --dataset and --text_column"
-            )
-    if "validation" not in read:
-        number, fraction = len(keep["train"]), arguments.validation_fraction
-        keep["validation"] = hold_out(number, fraction, arguments.seed, arguments.dataset)
-        keep["train"] = ~keep["validation"]
-    hashes = {split: read[source[split]].hashes[keep[split]] for split in SPLITS}
-    first, repeated, in_train = find_duplicates(hashes["train"], hashes["validation"])
-    once = keep["train"].copy()  # each train story once, and none that is held out
-    once[once] = first
-    if arguments.deduplicate:
-        keep["train"] = once
-        if not first.any():
-            raise InputError(
-                f"every train story of {arguments.dataset} is in the validation split, too: "
-                "leave out --deduplicate"
-            )
-    counts = {}
-    for split in SPLITS:
-        writer = SplitWriter(scratch / f"{split}.bin")
-        encoded = read[source[split]]
-        with (scratch / f"{source[split]}.ids").open("rb") as file:
-            copy_stories(file, encoded, keep[split], writer)
-            if split == "train":
-                # a story that is there several times is still one story
-                beginnings, shares = find_openings(file, encoded, once)
-        counts[split] = writer.close()
-    tokenizer, openings = submit(
-        pool, describe_in_worker, beginnings, arguments.vocab_size
-    ).result()
-    return {
-        **tokenizer,
-        "splits": counts,
-        "duplicates": {"in train": repeated, "validation in train": in_train},
-        "deduplicated": arguments.deduplicate,
-        "openings": list(zip(openings, shares, strict=True)),
-    }
 
 
 @contextmanager
@@ -347,97 +444,6 @@ def scratch_folder(data_dir: Path) -> Iterator[Path]:
         lock.release()
         with suppress(OSError):
             scratch.rmdir()  # on Windows, where a file that is open stays
-
-
-def prepare(arguments: Arguments) -> dict:
-    """Writes the three files of `arguments.data_dir` and returns what meta.json says.
-
-    They are made beside it and moved in whole at the end: until then the old ones stay.
-    Raises InputError.
-    """
-    if not 0 < arguments.validation_fraction < 1:
-        raise InputError(
-            f"validation_fraction {arguments.validation_fraction} is not between 0 and 1: "
-            "pass --validation_fraction 0.01"
-        )
-    check_whole("num_proc", arguments.num_proc, 1, MOST_PROCESSES)
-    check_whole("seed", arguments.seed, 0, 2**63 - 1)
-    if arguments.max_stories is not None:
-        check_whole("max_stories", arguments.max_stories, 1)
-    check_vocab_size(arguments.vocab_size)
-    start = time.perf_counter()
-    data_dir, skipped, read = arguments.data_dir, Counter(), {}
-    with ExitStack() as stack:
-        pool = stack.enter_context(start_workers(arguments.num_proc))
-        submit(pool, describe_in_worker, [], arguments.vocab_size)  # a worker gets ready meanwhile
-        source = open_stories(
-            arguments.dataset,
-            text_column=arguments.text_column,
-            subset=arguments.subset,
-            revision=arguments.revision,
-            seed=arguments.seed,
-        )
-        stack.enter_context(writing(data_dir, "free some space or pass another --data_dir"))
-        scratch = stack.enter_context(scratch_folder(data_dir))
-        total = arguments.max_stories or source.total
-        seen = np.zeros(arguments.vocab_size, bool)
-        with progress_bar(total=total, unit=" stories", desc="encoding") as bar:
-            for split, rows in source.splits.items():
-                stories = islice(kept_stories(rows, skipped), arguments.max_stories)
-                path = scratch / f"{split}.ids"
-                parts = encode_in_parallel(
-                    batched(stories),
-                    pool,
-                    vocab_size=arguments.vocab_size,
-                    num_proc=arguments.num_proc,
-                )
-                read[split] = write_ids(parts, path, bar=bar, seen=seen)
-        meta = {
-            "dataset": arguments.dataset,
-            "subset": arguments.subset,
-            "revision": source.commit,
-            **write_splits(scratch, read, pool, arguments),
-        }
-        install(scratch, data_dir, meta)
-    if "validation" in read and meta["splits"]["validation"]["stories"] == 1:
-        note = "validation is a single story: its loss will say little"
-        source = source._replace(notes=[*source.notes, note])
-    seconds = time.perf_counter() - start
-    empty, distinct = skipped["empty"], int(seen.sum())
-    summarize(meta, source, arguments=arguments, empty=empty, distinct=distinct, seconds=seconds)
-    return meta
-
-
-def summarize(
-    meta: dict, source: Stories, arguments: Arguments, empty: int, distinct: int, seconds: float
-) -> None:
-    """Prints what was read, what was not, and what the files hold."""
-    counts = meta["splits"]
-    total = {key: sum(counts[split][key] for split in SPLITS) for key in ("tokens", "bytes")}
-    if source.commit:
-        print(f"{arguments.dataset} at commit {source.commit}")
-    for split in SPLITS:
-        c = counts[split]
-        print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
-    repeated, in_train = meta["duplicates"].values()
-    print(
-        f"{total['bytes'] / total['tokens']:.2f} bytes a token, {distinct:,} distinct ids "
-        f"of {arguments.vocab_size:,}, {empty:,} empty stories skipped\n"
-        f"duplicates: {repeated:,} train stories repeat another, {in_train:,} validation stories "
-        "are in train, too" + ("; dropped from train" if meta["deduplicated"] else "")
-    )
-    for note in source.notes:
-        print(f"note: {note}")
-    if source.left_out:
-        print(f"not read: {list_left_out(source.left_out)}")
-    print(
-        f"{seconds:.1f} s, {total['bytes'] / 1e6 / seconds:.1f} MB/s with at most "
-        f"{arguments.num_proc} processes; written to {arguments.data_dir}"
-    )
-
-
-def main() -> None:
-    prepare(parse_flags(Arguments))
 
 
 if __name__ == "__main__":

@@ -468,7 +468,7 @@ def set_up(plan: Plan) -> tuple[Run, TrainState]:
         torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
         machine.check_fits(gpt, config.batch_size, device)
         start_weights = fit_start(start, gpt) if start else None
-        meta = load_meta(arguments.data_dir, gpt.vocab_size)
+        meta = load_meta(arguments.data_dir, gpt.vocab_size, arguments.preset)
         data = data_fingerprint(meta)
         if latest and latest["step"]:
             check_same_data(latest, data, arguments.data_dir)

@@ -3,6 +3,7 @@ miles of white space."""
 
 import hashlib
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -32,6 +33,12 @@ class Encoded(NamedTuple):
     hashes: np.ndarray
     openings: np.ndarray
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Returns where each story begins among all ids, and where the last ends: (stories + 1,)
+        int64."""
+        return np.concatenate(([0], self.tokens.cumsum(dtype=np.int64)))
+
 
 NO_STORIES = Encoded(
     ids=np.empty(0, "<u2"),
@@ -40,6 +47,11 @@ NO_STORIES = Encoded(
     hashes=np.empty((0, 2), np.uint64),
     openings=np.empty(0, np.uint64),
 )
+
+
+def concatenate(parts: Iterable[Encoded]) -> Encoded:
+    """Returns the stories of all parts, in their order."""
+    return Encoded._make(map(np.concatenate, zip(NO_STORIES, *parts, strict=True)))
 
 
 def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
@@ -106,10 +118,9 @@ def encode_text(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
     Raises InputError for what cannot be encoded.
     """
     try:
-        try:
+        with suppress(ValueError):
             return tokenizer.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-        except ValueError:
-            return encode_between_white_space(text, tokenizer)
+        return encode_between_white_space(text, tokenizer)
     except ValueError as error:
         raise InputError(
             f"the story that begins {text[:40]!r} cannot be encoded: {one_line(error)}"

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ BOMS = {
 START_OF_TEXT = "<|startoftext|>"  # a separator's other half, which some write before each story
 TABLE_ROWS = 100  # rows of a table in memory at once
 CHUNK = 2**20  # characters of a file, or bytes of a table, read at once
+JSON_WHITE_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 # Other columns may hold numbers of any length.
 DECODER = json.JSONDecoder(strict=False, parse_int=float)
 
@@ -158,13 +160,18 @@ class JSONStream:
     def peek(self) -> str:
         """Returns the next character that is not white space, empty at the end."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in " \t\r\n\ufeff":
-                    return self.text[self.at]
-                self.at += 1
-            self.text, self.at = self.file.read(CHUNK), 0
-            if not self.text:
+            self.at = JSON_WHITE_SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.read_on():
                 return ""
+
+    def read_on(self) -> bool:
+        """Reads more of the file behind what is still to be taken; tells whether there was any."""
+        more = self.file.read(max(CHUNK, len(self.text) - self.at))
+        if more:
+            self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
 
     def take(self, character: str) -> bool:
         found = self.peek() == character
@@ -176,25 +183,21 @@ class JSONStream:
             raise ValueError(f"not JSON: {self.peek()!r} where {character!r} belongs")
 
     def value(self):
+        """Decodes the next value, reading on until it is whole."""
         self.peek()
         while True:
-            value, error = None, None
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
-                if end + 2 < len(self.text):  # a number might go on: 1 is the start of 1e+2
+                # a number might go on: 1 is the start of 1e+2
+                if end + 2 < len(self.text) or not self.read_on():
                     self.at = end
                     return value
-            except json.JSONDecodeError as failure:
-                error, unfinished = failure, failure.msg.startswith("Unterminated string")
-                if not unfinished and failure.pos < len(self.text) - 20:
+            except json.JSONDecodeError as error:
+                unfinished = error.msg.startswith("Unterminated string")
+                if not unfinished and error.pos < len(self.text) - 20:
                     raise
-            more = self.file.read(max(CHUNK, len(self.text) - self.at))
-            if not more and error:
-                raise error
-            if not more:
-                self.at = end
-                return value
-            self.text, self.at = self.text[self.at :] + more, 0
+                if not self.read_on():
+                    raise
 
     def items(self) -> Iterator:
         """Yields the values of a list, one at a time."""
@@ -349,26 +352,17 @@ def arrow_stories(
 
     number = 0
     for table in tables:
-        values = table
+        values = table.to_struct_array()
         for field in [column] if column in table.schema.names else column.split("."):
-            if values is table and field in table.schema.names:
-                values = table[field]
-            elif (
-                values is not table
-                and pa.types.is_struct(values.type)
-                and values.type.get_field_index(field) >= 0
-            ):
-                values = compute.struct_field(values, field)
-            else:
+            if not pa.types.is_struct(values.type) or field not in values.type.names:
                 raise NoColumn("it", column, columns or table.schema.names)
+            values = compute.struct_field(values, field)
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         text_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
         if any(is_text(kind) for is_text in text_types):
             # as bytes, because nobody has checked that they are UTF-8
             values = values.cast(kind).cast(pa.large_binary())
-        elif values.null_count == len(values):
-            values = pa.nulls(len(values), pa.large_binary())
-        else:
+        elif values.null_count < len(values):
             row = number + 1 + values.is_valid().index(True).as_py()
             raise InputError(f"row {row}: column {column!r} holds {kind}, not text")
         for value in values:

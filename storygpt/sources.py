@@ -100,7 +100,7 @@ def open_stories(
             f"--dataset ./{dataset} to read that, or rename it"
         )
     local = dataset in BUILTIN or path.exists()
-    if (local and revision) or (subset and local and not path.is_dir()):
+    if local and (revision or (subset and not path.is_dir())):
         raise InputError(f"{dataset} has no subsets or revisions: leave out --subset, --revision")
     if dataset in BUILTIN:
         stories = sample_stories(NUM_BUILTIN_STORIES, seed=seed)
@@ -263,6 +263,11 @@ def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
 # --- Which files ---
 
 
+def is_hidden(name: str) -> bool:
+    """Tells whether a file, or a folder it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
 def walk(folder: Path, left_out: Found) -> list[str]:
     """Returns the names of all files below a folder, links followed, each file and folder once."""
     names, seen = [], set()
@@ -275,7 +280,7 @@ def walk(folder: Path, left_out: Found) -> list[str]:
         for name in sorted([*folders, *others]):
             path = Path(root, name)
             shown = path.relative_to(folder).as_posix()
-            if name.startswith("."):
+            if is_hidden(name):
                 left_out[HIDDEN].append(shown)
             elif not path.exists():
                 raise InputError(f"{path} is a link to nothing: remove it, or bring back its file")
@@ -307,7 +312,7 @@ def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
         stem = path.name.lower().partition(kind)[0] if kind else path.stem.lower()
         if not path.is_relative_to(below):
             left_out[f"outside of {below}"].append(name)
-        elif any(part.startswith(".") for part in path.parts):
+        elif is_hidden(name):
             left_out[HIDDEN].append(name)
         elif NOTES.fullmatch(stem) or SETTINGS.fullmatch(path.name.lower()):
             left_out["notes by their name"].append(name)
@@ -398,8 +403,8 @@ def find_declared(files: Files, configs: dict[str, dict], subset: str | None) ->
             raise InputError(f"{readme} declares {name}, of no kind this script reads")
     for name in files.names:
         if name not in every and name != "README.md":
-            hidden = any(part.startswith(".") for part in name.split("/"))
-            files.left_out[HIDDEN if hidden else "not declared in README.md"].append(name)
+            reason = HIDDEN if is_hidden(name) else "not declared in README.md"
+            files.left_out[reason].append(name)
     return found
 
 

@@ -8,41 +8,31 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from config import InputError
+from config import InputError, PresetName, preset
 from storygpt.cli import command_line
 from storygpt.files import META
 
 SPLITS = ("train", "validation")
 
 
-class SplitWriter:
-    """Writes one split's file, and counts and hashes what it holds."""
-
-    def __init__(self, path: Path):
-        self.file, self.digest = path.open("wb"), hashlib.sha256()
-        self.counts = {"stories": 0, "tokens": 0, "bytes": 0}
-
-    def write(self, ids: np.ndarray) -> None:
-        """Appends (tokens,) uint16 `ids`."""
-        self.file.write(ids.data)
-        self.digest.update(ids.data)
-        self.counts["tokens"] += len(ids)
-
-    def count(self, stories: int, num_bytes: int) -> None:
-        """Says that what was written are `stories`, whose text has `num_bytes` of UTF-8."""
-        self.counts["stories"] += int(stories)
-        self.counts["bytes"] += int(num_bytes)
-
-    def close(self) -> dict:
-        """Puts the file on disk; returns the split's entry in meta.json."""
-        with self.file as file:
-            file.flush()
-            os.fsync(file.fileno())
-        return self.counts | {"sha256": self.digest.hexdigest()}
+def write_split(path: Path, parts: Iterable[np.ndarray], stories: int, num_bytes: int) -> dict:
+    """Writes one split's file from (tokens,) uint16 arrays of ids; returns its entry in meta.json,
+    which says that these are `stories` with `num_bytes` of UTF-8."""
+    tokens, digest = 0, hashlib.sha256()
+    with path.open("wb") as file:
+        for ids in parts:
+            file.write(ids.data)
+            digest.update(ids.data)
+            tokens += len(ids)
+        file.flush()
+        os.fsync(file.fileno())
+    sha256 = digest.hexdigest()
+    return {"stories": stories, "tokens": tokens, "bytes": num_bytes, "sha256": sha256}
 
 
 def install(scratch: Path, data_dir: Path, meta: dict) -> None:
@@ -90,15 +80,27 @@ def is_meta(meta) -> bool:
         return False
 
 
-def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
-    """Returns what `meta.json` says of the token files beside it, for a model of `vocab_size` or
-    for any.
+def prepare_command(data_dir: Path, **flags) -> str:
+    """Returns in backticks the command that prepares `data_dir`."""
+    return f"`{command_line('prepare_data.py', data_dir=data_dir, **flags)}`"
+
+
+def load_meta(
+    data_dir: Path, vocab_size: int | None, preset_name: PresetName | None = None
+) -> dict:
+    """Returns what `meta.json` says of the token files beside it, for a model of `vocab_size`,
+    perhaps a preset's, or for any.
 
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
     """
-    path, known = Path(data_dir) / META, {"vocab_size": vocab_size} if vocab_size else {}
-    prepare = f"`{command_line('prepare_data.py', data_dir=data_dir, **known)}`"
+    path, wanted = Path(data_dir) / META, {}
+    by_preset = preset_name and preset(preset_name)[0].vocab_size == vocab_size
+    if by_preset:
+        wanted = {"preset": preset_name}
+    elif vocab_size:
+        wanted = {"vocab_size": vocab_size}
+    prepare = prepare_command(data_dir, **wanted)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -108,10 +110,12 @@ def load_meta(data_dir: Path, vocab_size: int | None) -> dict:
     if not is_meta(meta):
         raise InputError(f"{path} is damaged or of an older version: run {prepare} again")
     if vocab_size is not None and meta["vocab_size"] != vocab_size:
+        own = "pass the --data_dir of the model's own data"
+        if by_preset:
+            own = f"run {prepare_command(data_dir, dataset=meta['dataset'], **wanted)}"
         raise InputError(
             f"{data_dir} has a vocabulary of {meta['vocab_size']} where the model has {vocab_size}:"
-            f" pass the --data_dir of the model's own data, or pass --vocab_size "
-            f"{meta['vocab_size']} to train a model for this"
+            f" {own}, or pass --vocab_size {meta['vocab_size']} to train a model for this"
         )
     return meta
 
@@ -145,9 +149,9 @@ def load_tokens(
     that share it. Raises InputError where the two disagree, an id is outside the vocabulary, or
     the split is shorter than one window of context_length + 1.
     """
-    path, known = Path(data_dir) / f"{split}.bin", {k: meta[k] for k in ("dataset", "vocab_size")}
-    again = f"run `{command_line('prepare_data.py', data_dir=data_dir, **known)}` again"
-    counts = meta["splits"][split]
+    path, counts = Path(data_dir) / f"{split}.bin", meta["splits"][split]
+    known = {"dataset": meta["dataset"], "vocab_size": meta["vocab_size"]}
+    again = f"run {prepare_command(data_dir, **known)} again"
     try:
         size = path.stat().st_size
     except FileNotFoundError as error:

@@ -29,7 +29,7 @@ from config import GPTConfig, TrainingConfig  # noqa: E402
 from model import GPT  # noqa: E402
 from storygpt.builtin_stories import sample_stories  # noqa: E402
 from storygpt.checkpoint import load_model, save_checkpoint  # noqa: E402
-from storygpt.token_files import SplitWriter, install  # noqa: E402
+from storygpt.token_files import install, write_split  # noqa: E402
 from storygpt.tokenizer import load_tokenizer  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -252,11 +252,13 @@ def write_data(folder: Path, **stories: list[str]) -> dict:
     counts, scratch, tokenizer = {}, folder / "scratch", load_tokenizer(512)
     scratch.mkdir()
     for split, texts in stories.items():
-        writer = SplitWriter(scratch / f"{split}.bin")
         ids = [token for text in texts for token in [*tokenizer.encode_ordinary(text), 511]]
-        writer.write(np.array(ids, "<u2"))
-        writer.count(len(texts), sum(len(text.encode()) for text in texts))
-        counts[split] = writer.close()
+        counts[split] = write_split(
+            scratch / f"{split}.bin",
+            [np.array(ids, "<u2")],
+            stories=len(texts),
+            num_bytes=sum(len(text.encode()) for text in texts),
+        )
     meta = {"vocab_size": 512, "end_of_text": 511, "dataset": "builtin", "splits": counts}
     install(scratch, folder, meta)
     return meta

@@ -198,7 +198,7 @@ def world(script, tmp_path_factory):
     (folder / "stories.txt").write_text("\n<|endoftext|>\n".join([story] * 80))
     for line in (
         "python prepare_data.py --dataset builtin",
-        "python prepare_data.py --dataset builtin --vocab_size 4096 --data_dir data/demo",
+        "python prepare_data.py --dataset builtin --preset demo --data_dir data/demo",
         "python train.py",
         "python train.py --preset demo --data_dir data/demo --checkpoint_dir checkpoints/demo",
         "python train.py --checkpoint_dir runs/a",

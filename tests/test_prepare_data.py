@@ -3,6 +3,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,18 +26,19 @@ from hub_server import Fault, Hub
 from story_files import jsonl, parquet, put
 
 import prepare_data
-from config import InputError
+from config import InputError, PresetName, preset
 from prepare_data import (
     batched,
-    copy_stories,
     encode_in_parallel,
     find_duplicates,
     hold_out,
     kept_stories,
+    read_ids,
     start_workers,
 )
-from storygpt.encoding import Encoded, encode_stories
-from storygpt.token_files import SplitWriter
+from storygpt import cli
+from storygpt.encoding import NO_STORIES, encode_stories
+from storygpt.token_files import load_meta
 from storygpt.tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
@@ -73,11 +76,11 @@ def write(folder, kind: str, stories: list[str]):
 
 @pytest.fixture
 def prepared(monkeypatch, capsys):
-    """prepared(dataset, folder, **flags) is what prepare_data.py prints, without the seconds that
+    """prepared(dataset, data_dir, **flags) is what prepare_data.py prints, without the seconds that
     its worker processes take to start: threads encode. Raises as it does."""
 
-    def run(dataset, folder, **flags) -> str:
-        flags = {"dataset": str(dataset), "data_dir": folder, "num_proc": 2} | flags
+    def run(dataset, data_dir, **flags) -> str:
+        flags = {"dataset": str(dataset), "data_dir": data_dir, "num_proc": 2} | flags
 
         @contextmanager
         def threads(num_proc: int):
@@ -125,6 +128,28 @@ def test_empty_stories_are_never_the_ones_held_out(stories, seed, prepared, tmp_
     assert f"{len(stories) - len(train) - 1} empty stories skipped" in said
 
 
+@pytest.mark.parametrize("name", get_args(PresetName))
+def test_a_preset_prepares_what_train_wants(name, prepared, fails, tmp_path, monkeypatch):
+    """The command that train.py names is run, but on few stories."""
+    path, out = put(tmp_path, {"a.jsonl": jsonl(STORIES)}) / "a.jsonl", tmp_path / "out"
+    flags = ("--preset", name, "--data_dir", out, "--checkpoint_dir", tmp_path / "run")
+    said = fails("train.py", *flags, "--device", "cpu", says="no prepared data")
+    python, script, *words = shlex.split(said.split("`")[1])
+    assert [python, script, *words[-2:]] == ["python", "prepare_data.py", "--preset", name]
+    monkeypatch.setattr("sys.argv", [script, *words, "--dataset", str(path)])
+    prepared(**vars(cli.parse_flags(prepare_data.Arguments)))
+    assert load_meta(out, None)["vocab_size"] == preset(name)[0].vocab_size
+    fails("train.py", *flags, "--device", "cpu", says="too few for one window")
+
+
+def test_a_vocabulary_that_is_passed_goes_before_the_presets(script, tmp_path):
+    put(tmp_path, {"a.jsonl": jsonl(STORIES)})
+    flags = ("--dataset", tmp_path / "a.jsonl", "--data_dir", tmp_path / "out", "--num_proc", 1)
+    for preset_and_size, size in (((), 50257), (("--preset", "3m", "--vocab_size", 300), 300)):
+        assert script("prepare_data.py", *flags, *preset_and_size).code == 0
+        assert load_meta(tmp_path / "out", None)["vocab_size"] == size
+
+
 def test_no_more_stories_are_read_than_are_taken_and_empty_ones_do_not_count():
     stories, skipped = iter(["", "A.", None, "\ufeffB.", "C.", " "]), Counter()
     assert [*islice(kept_stories(stories, skipped), 2)] == ["A.", "B."] and skipped["empty"] == 2
@@ -142,7 +167,7 @@ def test_the_share_held_out_is_exact(number, fraction, held_out):
     assert (hold_out(number, fraction, 3, "x") == drawn[3]).all()
 
 
-def test_long_runs_of_stories_are_copied_whole(tmp_path):
+def test_long_runs_of_stories_are_read_whole_and_in_parts(tmp_path):
     """Longer than what is read at once, with gaps before, between and behind."""
     rng = np.random.default_rng(0)
     lengths = np.full(3_500, 1_000, np.uint32)
@@ -150,16 +175,11 @@ def test_long_runs_of_stories_are_copied_whole(tmp_path):
     ids.tofile(tmp_path / "all.ids")
     keep = np.ones(3_500, bool)
     keep[[0, 2_500, 2_501, 3_499]] = False  # runs of 2,499 and 997 stories
-    sizes = rng.integers(1, 5_000, 3_500).astype(np.uint32)
-    none = np.empty((3_500, 2), np.uint64)
-    encoded = Encoded(ids[:0].ravel(), lengths, sizes, hashes=none, openings=none[:, 0])
-    writer = SplitWriter(tmp_path / "train.bin")
+    encoded = NO_STORIES._replace(tokens=lengths)
     with open(tmp_path / "all.ids", "rb") as file:
-        copy_stories(file, encoded, keep, writer)
-    counts = writer.close()
-    assert np.array_equal(np.fromfile(tmp_path / "train.bin", "<u2"), ids[keep].ravel())
-    assert (counts["stories"], counts["tokens"]) == (3_496, 3_496_000)
-    assert counts["bytes"] == sizes[keep].sum()
+        parts = [*read_ids(file, encoded, keep)]
+    assert np.array_equal(np.concatenate(parts), ids[keep].ravel())
+    assert max(map(len, parts)) < 2_000_000
 
 
 def test_splits_are_taken_as_found_and_empty_stories_counted(script, tmp_path):
@@ -293,11 +313,11 @@ def test_duplicates_agree_with_sets_of_the_stories_themselves():
         train, validation = (
             [str(rng.randrange(1 + sum(sizes) // 2)) for _ in range(n)] for n in sizes
         )
-        keep, repeated, in_train = find_duplicates(
-            *(encode_stories(stories, 300).hashes for stories in (train, validation))
-        )
+        hashes = encode_stories(validation + train, 300).hashes
+        held_out = np.arange(len(hashes)) < len(validation)
+        once, repeated, in_train = find_duplicates(hashes, held_out)
         firsts = [s not in train[:i] and s not in validation for i, s in enumerate(train)]
-        assert keep.tolist() == firsts
+        assert once.tolist() == [False] * len(validation) + firsts
         assert repeated == len(train) - len(set(train))
         assert in_train == sum(story in set(train) for story in validation)
 
@@ -498,7 +518,7 @@ def test_interrupted_run_leaves_the_old_files(number, script, fails, tmp_path):
     (tmp_path / "meta.json").write_text("old")
     stories.write_text(("Tom had a red kite. " * 50 + "\n<|endoftext|>\n") * 40_000)  # for seconds
     process = script.start("prepare_data.py", "--dataset", stories, "--data_dir", tmp_path)
-    while not list(tmp_path.glob(".prepare/train.ids")):
+    while not list(tmp_path.glob(".prepare/stories.ids")):
         assert process.is_alive()
         time.sleep(0.001)
     if number == signal.SIGKILL:  # until then nobody else writes there

@@ -7,12 +7,12 @@ import pytest
 
 from config import InputError
 from storygpt.token_files import (
-    SplitWriter,
     bits_per_byte,
     data_fingerprint,
     install,
     load_meta,
     load_tokens,
+    write_split,
 )
 
 TOKENS = np.arange(1000, dtype="<u2")
@@ -95,6 +95,28 @@ def test_ids_and_models_of_another_vocabulary_are_named(data_dir, tmp_path):
         load_meta(folder, 512)
 
 
+@pytest.mark.parametrize(
+    ("prepared", "vocab_size", "says"),
+    [
+        (False, 8192, "run `python prepare_data.py --data_dir {} --preset 10m`"),
+        (False, 300, "run `python prepare_data.py --data_dir {} --vocab_size 300`"),
+        (
+            True,
+            8192,
+            "run `python prepare_data.py --data_dir {} --dataset sample --preset 10m`, or",
+        ),
+        (True, 300, "pass the --data_dir of the model's own data, or pass --vocab_size 512 to"),
+    ],
+)
+def test_the_preset_is_named_where_its_vocabulary_is_wanted(
+    prepared, vocab_size, says, data_dir, tmp_path
+):
+    folder = data_dir if prepared else tmp_path
+    with pytest.raises(InputError) as error:
+        load_meta(folder, vocab_size, "10m")
+    assert says.format(folder) in str(error.value)
+
+
 def test_an_id_just_outside_the_vocabulary_is_named(tmp_path):
     for highest, good in ((299, True), (300, False)):
         meta = small_data(tmp_path, np.array([1, highest, 299], "<u2"))
@@ -124,10 +146,7 @@ def small_data(folder, tokens: np.ndarray) -> dict:
     counts, scratch = {}, folder / "scratch"
     scratch.mkdir(exist_ok=True)
     for split in ("train", "validation"):
-        writer = SplitWriter(scratch / f"{split}.bin")
-        writer.write(tokens)
-        writer.count(1, 1)
-        counts[split] = writer.close()
+        counts[split] = write_split(scratch / f"{split}.bin", [tokens], stories=1, num_bytes=1)
     meta = {"vocab_size": 300, "end_of_text": 299, "dataset": "x", "splits": counts}
     install(scratch, folder, meta)
     return load_meta(folder, 300)
@@ -136,7 +155,7 @@ def small_data(folder, tokens: np.ndarray) -> dict:
 def test_files_that_cannot_all_be_swapped_leave_the_old_ones(tmp_path):
     meta = small_data(tmp_path, np.array([1, 2, 299], "<u2"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    SplitWriter(tmp_path / "scratch" / "train.bin").close()
+    write_split(tmp_path / "scratch" / "train.bin", [], stories=0, num_bytes=0)
     with pytest.raises(InputError, match="what was there is kept"):  # after the first of them
         install(tmp_path / "scratch", tmp_path, meta)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
