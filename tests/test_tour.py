@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,9 +199,9 @@ def test_what_is_wrong_is_one_sentence(fails, run_dir, data_dir, tmp_path):
 
 NOTEBOOK = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))
 SMALL = """
-DATASET, STORIES, VOCAB_SIZE = "builtin", 400, 4096
-MODEL = "--preset demo --batch_size 4 --eval_interval 10 --eval_windows 4"
-STEPS, WARMUP = 20, 5
+PRESET = "demo"
+DATASET, STORIES = "builtin", 400
+STEPS = 60
 CHECKPOINTS = "checkpoints/tour"
 """
 
@@ -215,6 +216,43 @@ def test_the_notebook_holds_no_outputs():
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
+@pytest.mark.parametrize("place", ["docs", "clone", "zip", "nowhere"])
+def test_the_notebook_finds_the_code_beside_it_in_a_clone_or_in_a_zip(place, tmp_path, monkeypatch):
+    """Its first cell as IPython runs it, but for what pip would install."""
+    reason = "ipykernel is not installed: pip install -r requirements-dev.txt"
+    ipython = pytest.importorskip("IPython.core.inputtransformer2", reason=reason)
+    code = next(source(cell) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
+    (constant,) = re.findall(r'^REPOSITORY = "(.+)"$', code, re.M)
+    repository = tmp_path / "a" / "StoryGPT-main"
+    (repository / "docs").mkdir(parents=True)
+    (repository / "train.py").touch()
+    git = ["git", "-C", repository, "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "A repo"]):
+        subprocess.run([*git, *command], check=True)
+    address = {"clone": repository, "zip": f"{repository}.zip"}.get(place, tmp_path / "nowhere")
+    shutil.make_archive(str(repository), "zip", tmp_path / "a", "StoryGPT-main")
+
+    class Shell:
+        def system(self, command: str) -> None:
+            subprocess.run(command.format(**names), shell=True, check=False)
+
+        def run_line_magic(self, *words: str) -> None:
+            assert words == ("pip", "install --quiet -r requirements.txt")
+
+    names = {"get_ipython": Shell}
+    monkeypatch.chdir(repository / "docs" if place == "docs" else tmp_path)
+    code = ipython.TransformerManager().transform_cell(code.replace(constant, str(address)))
+    if place == "nowhere":
+        with pytest.raises(AssertionError, match="change that address to your repo's"):
+            exec(code, names)
+        return
+    exec(code, names)
+    assert Path("train.py").exists()
+    monkeypatch.chdir(repository / "docs" if place == "docs" else tmp_path)
+    exec(code, names)  # a notebook that is opened again begins where it began before
+    assert Path("train.py").exists()
+
+
 def test_the_notebook_runs(tmp_path):
     """As on Colab, but for the clone: beside its docs/ lies the repo, and its numbers are small."""
     for package in ("nbconvert", "ipykernel"):
@@ -226,8 +264,8 @@ def test_the_notebook_runs(tmp_path):
         (tmp_path / f"{name}.py").symlink_to(ROOT / f"{name}.py")
     notebook = json.loads(json.dumps(NOTEBOOK))
     (cell,) = (c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
-    named = set(re.findall(r"^([A-Z_, ]+?) =", source(cell), re.M))
-    assert named == set(re.findall(r"^([A-Z_, ]+?) =", SMALL, re.M))
+    named = set(re.findall(r"^([A-Z_, ]+) = ", source(cell), re.M))
+    assert named == set(re.findall(r"^([A-Z_, ]+) = ", SMALL, re.M))
     cell["source"] = SMALL
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/tour.ipynb").write_text(json.dumps(notebook))
