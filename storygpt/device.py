@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -190,9 +191,8 @@ def fit_micro_batch(
     for windows in (n for n in range(most, 0, -1) if most % n == 0):
         fits = _fits(model, windows, device, dtype, spare)
         if not processes.sum(torch.tensor(float(not fits), device=device)):
-            if device.type == "cuda":  # what was tried is not what the run takes
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.empty_cache()  # what was tried is not what the run takes
+            torch.cuda.reset_peak_memory_stats(device)
             return windows
     raise InputError(
         f"{card_name(device)} has not enough memory for a step on one window: pass a smaller "
@@ -250,6 +250,28 @@ def peak_memory(device: torch.device) -> int | None:
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s+(\d+)", status.read_text())
     return 1024 * int(found[1]) if found else None
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Tells whether a CUDA device has `size` bytes beside the most that torch has used so far."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    return free + unused > size
+
+
+@contextmanager
+def beside_training(device: torch.device) -> Iterator[None]:
+    """Has CUDA do what this thread asks for beside the work that is queued later, and after the
+    work that is queued now."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
