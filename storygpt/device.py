@@ -83,19 +83,16 @@ def check_driver() -> None:
     driver, major, gpu = found[1], int(found[2]), found[3]
     cuda = torch.version.cuda
     needed = OLDEST_DRIVER.get(cuda.split(".")[0], 0) if cuda else 0
-    build = "cu130" if major >= OLDEST_DRIVER["13"] else "cu126"
+    mend = install_torch("cu130" if major >= OLDEST_DRIVER["13"] else "cu126")
+    if major < OLDEST_DRIVER["12"]:
+        mend = f"update the driver to {OLDEST_DRIVER['13']} or newer"
     if not cuda:
         what = "is built for CPUs alone"
     elif major < needed:
         what = f"is built for CUDA {cuda}, which needs a driver of {needed} or newer"
     else:
-        what, build = f"cannot start its CUDA {cuda}", None
-    if not build:
+        what = f"cannot start its CUDA {cuda}"
         mend = "python -c 'import torch; torch.cuda.init()' says why"
-    elif major < OLDEST_DRIVER["12"]:
-        mend = f"update the driver to {OLDEST_DRIVER['13']} or newer"
-    else:
-        mend = install_torch(build)
     raise InputError(
         f"there is a GPU here ({gpu}, driver {driver}), but torch {torch.__version__} {what}: "
         f"{mend}; or pass --device cpu to do without"

@@ -70,7 +70,7 @@ class Processes:
     """This process among the others: its rank, how they meet, and what they do together."""
 
     def __init__(self):
-        """Raises InputError where the launcher's variables are not all there, or no numbers."""
+        """Raises InputError as `ranks` does."""
         self.launched = "RANK" in os.environ  # a WORLD_SIZE alone is a leftover
         self.exchanges = 0
         self.rank, self.local_rank, self.world_size = ranks() if self.launched else (0, 0, 1)
