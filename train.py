@@ -360,9 +360,8 @@ def banner(run: Run, model: GPT) -> str:
 def save(run: Run, state: TrainState, names: list[str]) -> None:
     """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
-    arguments, facts = run.arguments, run.facts
-    checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
-    run.folder.save(names, checkpoint, state.resume_state(facts))
+    checkpoint = state.checkpoint(run.arguments.training, run.facts)
+    run.folder.save(names, checkpoint, state.resume_state(run.facts))
 
 
 class Pace:
@@ -493,17 +492,15 @@ def set_up(plan: Plan, processes: Processes, folder: RunFolder | None) -> tuple[
     # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
     later = (0 if state.step else 2) + processes.launched
     micro_batch = machine.fit_micro_batch(
-        model,
-        most,
-        device=device,
-        dtype=dtype,
-        spare=4 * later * model.num_parameters(),
-        processes=processes,
+        model, most, dtype=dtype, spare=4 * later * model.num_parameters(), processes=processes
     )
     if latest and latest["dtype"] != machine.dtype_name(dtype) and processes.is_main:
         print(f"this run was in {latest['dtype']} and goes on in {machine.dtype_name(dtype)}")
+    tracked = arguments.tracker != "none"
     facts = RunFacts(
-        **begin_facts(latest, start, meta, tracked=arguments.tracker != "none"),
+        record=begin_record(meta, origin_of(latest) if latest else start and start.origin),
+        # A run keeps its id also where it goes on without its tracker for a while.
+        run_id=(latest or {}).get("run_id") or (secrets.token_hex(4) if tracked else ""),
         dtype=machine.dtype_name(dtype),
         card=card,
         micro_batch=micro_batch,
@@ -544,17 +541,6 @@ def load_data(
 def largest_micro_batch(training: TrainingConfig, processes: Processes) -> int:
     """Returns how many windows a process reads at once where there is memory enough."""
     return min(training.batch_size, training.windows_per_step // processes.world_size)
-
-
-def begin_facts(latest: dict | None, start: Start | None, meta: dict, tracked: bool) -> dict:
-    """Returns the facts that a new run will keep for good, or a resumed one has kept: its record
-    and its run_id."""
-    run_id = secrets.token_hex(4) if tracked else ""
-    origin = start.origin if start else None
-    if latest:
-        # A run keeps its id also where it goes on without its tracker for a while.
-        run_id, origin = latest.get("run_id") or run_id, origin_of(latest)
-    return {"record": begin_record(meta, origin), "run_id": run_id}
 
 
 if __name__ == "__main__":

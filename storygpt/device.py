@@ -170,23 +170,18 @@ def card_name(device: torch.device) -> str:
 
 
 def fit_micro_batch(
-    model: GPT,
-    most: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    spare: int,
-    processes: Processes,
+    model: GPT, most: int, *, dtype: torch.dtype, spare: int, processes: Processes
 ) -> int:
     """Returns the largest divisor of `most`, in windows, that a training step has memory for.
 
     Each is tried: forward, backward, with `spare` bytes set aside for what comes later. All
     `processes` take the same. Raises InputError where not even one window fits.
     """
+    device = model.wte.weight.device
     if not says_when_full(device):
         return most
     for windows in (n for n in range(most, 0, -1) if most % n == 0):
-        fits = _fits(model, windows, device, dtype, spare)
+        fits = _fits(model, windows, dtype, spare)
         if not processes.sum(torch.tensor(float(not fits), device=device)):
             torch.cuda.empty_cache()  # what was tried is not what the run takes
             torch.cuda.reset_peak_memory_stats(device)
@@ -197,8 +192,8 @@ def fit_micro_batch(
     )
 
 
-def _fits(model: GPT, windows: int, device: torch.device, dtype: torch.dtype, spare: int) -> bool:
-    shape = (windows, model.config.context_length)
+def _fits(model: GPT, windows: int, dtype: torch.dtype, spare: int) -> bool:
+    device, shape = model.wte.weight.device, (windows, model.config.context_length)
     try:
         aside = torch.empty(spare, dtype=torch.uint8, device=device)
         idx = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import GPTConfig, InputError, TrainingConfig
+from config import InputError, TrainingConfig
 from model import GPT
 from storygpt.checkpoint import load_weights
 from storygpt.files import LATEST
@@ -40,10 +40,10 @@ class TrainState:
     skipped_steps: int = 0
     saved_step: int = 0
 
-    def checkpoint(self, gpt: GPTConfig, training: TrainingConfig, facts: RunFacts) -> dict:
+    def checkpoint(self, training: TrainingConfig, facts: RunFacts) -> dict:
         """Returns what every checkpoint holds."""
         return {
-            "gpt_config": gpt,
+            "gpt_config": self.model.config,
             "training_config": training,
             "model_state_dict": self.model.state_dict(),
             "step": self.step,

@@ -172,7 +172,6 @@ def test_a_micro_batch_is_cut_to_the_memory_there_is():
         windows = fit_micro_batch(
             model,
             256,
-            device=device,
             dtype=torch.bfloat16,
             spare=8 * model.num_parameters(),
             processes=Processes(),
