@@ -464,8 +464,8 @@ def set_up(plan: Plan, processes: Processes, folder: RunFolder | None) -> tuple[
         machine.check_fits(gpt, training.batch_size, device)
         start_weights = fit_start(start, gpt) if start else None
         meta, train_tokens, val_tokens = load_data(arguments, latest, processes.local_rank == 0)
-        same |= {"data": data_fingerprint(meta)[:12], "device": device.type}
-        same["dtype"] = machine.dtype_name(dtype)
+        precision = machine.dtype_name(dtype)
+        same |= {"data": data_fingerprint(meta)[:12], "device": device.type, "dtype": precision}
     processes.meet(device)
     latest = processes.from_main(latest, device)
     batches = Batches(
@@ -494,14 +494,14 @@ def set_up(plan: Plan, processes: Processes, folder: RunFolder | None) -> tuple[
     micro_batch = machine.fit_micro_batch(
         model, most, dtype=dtype, spare=4 * later * model.num_parameters(), processes=processes
     )
-    if latest and latest["dtype"] != machine.dtype_name(dtype) and processes.is_main:
-        print(f"this run was in {latest['dtype']} and goes on in {machine.dtype_name(dtype)}")
+    if latest and latest["dtype"] != precision and processes.is_main:
+        print(f"this run was in {latest['dtype']} and goes on in {precision}")
     tracked = arguments.tracker != "none"
     facts = RunFacts(
         record=begin_record(meta, origin_of(latest) if latest else start and start.origin),
         # A run keeps its id also where it goes on without its tracker for a while.
         run_id=(latest or {}).get("run_id") or (secrets.token_hex(4) if tracked else ""),
-        dtype=machine.dtype_name(dtype),
+        dtype=precision,
         card=card,
         micro_batch=micro_batch,
     )
