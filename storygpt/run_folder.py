@@ -242,9 +242,8 @@ class RunFolder:
         if self.attempt:
             self.saving.note(self._end_attempt())
         self.device = weights[0].device
-        # The weights and two averages of each, and as much as the weights again to be safe.
-        room = has_room(self.device, 4 * sum(weight.nbytes for weight in weights))
-        place = self.device if room else "cpu"
+        size = 3 * sum(weight.nbytes for weight in weights)  # with two averages of each
+        place = self.device if has_room(self.device, 2 * size) else "cpu"  # ample, or not at all
         states = {
             name: checkpoint | resume_state if name == LATEST else checkpoint for name in names
         }
