@@ -213,12 +213,6 @@ def check_fraction(name: str, value: float) -> None:
         raise InputError(f"{name} must be at least 0 and below 1, not {value!r}")
 
 
-def check_choice(name: str, value: str, choices: tuple) -> None:
-    """Raises InputError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
 def check_gpt_config(config: GPTConfig) -> None:
     """Raises InputError with the first number that is off."""
     for name, most in (
@@ -261,8 +255,10 @@ def check_training_config(config: TrainingConfig) -> None:
             raise InputError(f"{name} must be a number of at least 0, not {value!r}")
     if not 0 <= config.story_windows <= 1:
         raise InputError("story_windows must be between 0 and 1")
-    check_choice("optimizer", config.optimizer, get_args(OptimizerName))
-    check_choice("dtype", config.dtype, get_args(Precision))
+    for name, kind in (("optimizer", OptimizerName), ("dtype", Precision)):
+        value, choices = getattr(config, name), get_args(kind)
+        if value not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
     if config.warmup_steps is not None and config.warmup_steps >= config.max_steps:
         raise InputError(
             f"warmup_steps {config.warmup_steps} leaves nothing of max_steps {config.max_steps}: "

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +38,10 @@ from storygpt.kernels import compile_model, speed_up_training
 from storygpt.log import Log, Tracker, start_tracker
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
-from storygpt.record import begin_record, origin_of
-from storygpt.run_folder import RunFolder, check_same_data, goes_on
+from storygpt.record import begin_record, fingerprint_of, origin_of
+from storygpt.run_folder import RunFolder, goes_on
 from storygpt.state import RunFacts, TrainState
-from storygpt.token_files import data_fingerprint, load_meta, load_tokens
+from storygpt.token_files import SPLITS, data_fingerprint, load_meta, load_tokens
 
 MORE_TO_DO = 75  # exit status of a run that ended for want of time: EX_TEMPFAIL
 
@@ -84,7 +83,7 @@ class Run:
     arguments: Arguments
     processes: Processes
     folder: RunFolder | None
-    """The main process's; the others write nothing."""
+    """The main process's, which has locked it; the others write nothing."""
     device: torch.device
     dtype: torch.dtype
     batches: Batches
@@ -96,9 +95,6 @@ class Plan(NamedTuple):
     """What a run begins with."""
 
     arguments: Arguments
-    processes: Processes
-    folder: RunFolder | None
-    """Of the main process alone, which has locked it."""
     latest: dict | None
     """The StoryGPT_latest.pt to resume from, if any."""
     start: Start | None
@@ -113,7 +109,7 @@ def main() -> None:
     try:
         plan = find_run(first, processes, folder)
         training = plan.arguments.training
-        run, state = set_up(plan)
+        run, state = set_up(plan, processes, folder)
         micro_batch = run.facts.micro_batch
         del plan  # a copy of all that was resumed from
         status = train(run, state)
@@ -138,19 +134,19 @@ def main() -> None:
 def train(run: Run, state: TrainState) -> int:
     """Trains to the last step, or until there is a reason to stop; returns the exit status."""
     arguments, processes, folder = run.arguments, run.processes, run.folder
-    config, directory = arguments.training, arguments.checkpoint_dir
-    compiled = compile_model(state.model, config.compile, run.device)
+    training, directory = arguments.training, arguments.checkpoint_dir
+    compiled = compile_model(state.model, training.compile, run.device)
     model = processes.wrap(compiled, run.device)
     signals = cli.listen_for_signals(processes.launched)
     log = begin(run, state) if processes.is_main else None
     if run.facts.record["init_from"] and state.step == 0:
         evaluate_start(run, state, compiled, log)
 
-    pace = Pace(config, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
+    pace = Pace(training, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
     last_save = time.monotonic()
     stop = None
     with log or nullcontext():
-        while state.step < config.max_steps and not stop:
+        while state.step < training.max_steps and not stop:
             # --- One step ---
             began = time.monotonic()
             # A reason to stop goes to all processes with this step, which is still made.
@@ -161,25 +157,25 @@ def train(run: Run, state: TrainState) -> int:
             entry, stop = train_step(run, state, model, stop)
             seconds = max(time.monotonic() - began, 1e-3)  # Windows' clock may not have moved
             entry["tokens_per_second"] = round(run.batches.tokens_per_step / seconds, 1)
-            state.stop_if_diverged(entry, directory, config)
+            state.stop_if_diverged(entry, directory, training)
 
             # --- Evaluate ---
-            evaluated = is_evaluated(state.step, config)
+            evaluated = is_evaluated(state.step, training)
             if evaluated:
-                state.val_loss = validate(run, compiled, config.eval_windows)
+                state.val_loss = validate(run, compiled, training.eval_windows)
                 entry["val_loss"] = state.val_loss
-                state.stop_if_diverged(entry, directory, config)
+                state.stop_if_diverged(entry, directory, training)
             if not processes.is_main:
                 continue
 
             # --- Save ---
             if evaluated:
-                log.add_sample(entry, state.model, config.seed)
+                log.add_sample(entry, state.model, training.seed)
             folder.append(entry)
-            names = names_due(state, config)
+            names = names_due(state, training)
             folder.keep_up()
-            failing = folder.failing_for(60 * config.save_minutes)
-            late = began - last_save >= 60 * config.save_minutes
+            failing = folder.failing_for(60 * training.save_minutes)
+            late = began - last_save >= 60 * training.save_minutes
             if names or stop or signals.save or failing or late:
                 if not evaluated:
                     check_new_weights(run, state, entry)
@@ -192,9 +188,9 @@ def train(run: Run, state: TrainState) -> int:
             # --- Log ---
             log.add(entry)
             pace.add(seconds, evaluation=time.monotonic() - began - seconds if evaluated else None)
-        finished = state.step == config.max_steps
+        finished = state.step == training.max_steps
         if processes.is_main:
-            folder.wait(config.save_minutes if finished else 0)  # what goes on in the background
+            folder.wait(training.save_minutes if finished else 0)  # what goes on in the background
 
     if processes.is_main:
         print(last_words(run, state, log))
@@ -206,23 +202,23 @@ def train(run: Run, state: TrainState) -> int:
     return 0 if processes.launched else MORE_TO_DO
 
 
-def names_due(state: TrainState, config: TrainingConfig) -> list[str]:
+def names_due(state: TrainState, training: TrainingConfig) -> list[str]:
     """Returns the names under which the weights of a step are to be saved beside LATEST, and notes
     where they are the best so far."""
     names = []
-    if state.step == config.max_steps:
+    if state.step == training.max_steps:
         names.append(FINAL)
     if state.val_loss < state.best_val_loss:
         state.best_val_loss = state.val_loss
         names.append(BEST)
-    if config.keep_interval and state.step % config.keep_interval == 0:
+    if training.keep_interval and state.step % training.keep_interval == 0:
         names.append(step_name(state.step))
     return names
 
 
-def is_evaluated(step: int, config: TrainingConfig) -> bool:
+def is_evaluated(step: int, training: TrainingConfig) -> bool:
     """Tells whether the weights that `step` makes are evaluated."""
-    return step == config.max_steps or step % config.eval_interval == 0
+    return step == training.max_steps or step % training.eval_interval == 0
 
 
 def train_step(
@@ -233,7 +229,7 @@ def train_step(
 
     `model` is state.model, perhaps compiled and wrapped.
     """
-    config, processes, device = run.arguments.training, run.processes, run.device
+    training, processes, device = run.arguments.training, run.processes, run.device
     own, size = processes.own_windows(run.batches.windows_per_step), run.facts.micro_batch
     state.step, state.val_loss = state.step + 1, math.inf  # what was measured is of older weights
     train_loss = torch.zeros((), device=device)
@@ -241,7 +237,7 @@ def train_step(
         micro_batch = range(first, min(first + size, own.stop))
         x, y = run.batches(state.step, micro_batch)
         processes.average_next_backward(model, micro_batch.stop == own.stop)
-        torch.manual_seed(mixed_seed(config.seed, state.step, first))  # of dropout
+        torch.manual_seed(mixed_seed(training.seed, state.step, first))  # of dropout
         with machine.autocast(device, run.dtype):
             _, loss = model(machine.to_device(x, device), machine.to_device(y, device))
         loss = loss * (len(micro_batch) / len(own))  # DDP averages over processes
@@ -284,22 +280,23 @@ def validate(run: Run, model: nn.Module, num_windows: int, alone: bool = False) 
 def check_new_weights(run: Run, state: TrainState, entry: dict) -> None:
     """Raises InputError where a step without an evaluation has ruined the weights, before they are
     saved: its train_loss is of those before it."""
-    arguments, config = run.arguments, run.arguments.training
-    glance = {"val_loss": validate(run, state.model, config.batch_size, alone=True)}
-    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, config)
+    arguments, training = run.arguments, run.arguments.training
+    glance = {"val_loss": validate(run, state.model, training.batch_size, alone=True)}
+    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, training)
 
 
 def evaluate_start(run: Run, state: TrainState, model: nn.Module, log: Log | None) -> None:
     """Evaluates step 0 of a run that starts from another's weights: what they know of this data."""
-    config = run.arguments.training
-    loss = validate(run, model, config.eval_windows)
+    training = run.arguments.training
+    loss = validate(run, model, training.eval_windows)
     state.val_loss = state.best_val_loss = loss
     entry = {"step": 0, "tokens": 0, "epoch": 0.0, "val_loss": loss}
-    state.stop_if_diverged(entry, run.arguments.checkpoint_dir, config)
+    state.stop_if_diverged(entry, run.arguments.checkpoint_dir, training)
     if run.processes.is_main:
         entry["init_from"] = run.facts.record["init_from"]
         run.folder.append(entry)
         save(run, state, [BEST, LATEST])
+        run.folder.wait()  # no step has shown yet how much memory it leaves
         log.add(entry)
 
 
@@ -309,22 +306,22 @@ def evaluate_start(run: Run, state: TrainState, model: nn.Module, log: Log | Non
 def begin(run: Run, state: TrainState) -> Log:
     """Saves a first checkpoint, so that a bad disk is found now, and says what the run will be."""
     arguments, folder = run.arguments, run.folder
-    config, directory = arguments.training, arguments.checkpoint_dir
+    training, directory = arguments.training, arguments.checkpoint_dir
     metrics = folder.cut(state.step)
     track = start_tracker(
         arguments.tracker,
-        settings=asdict(arguments.gpt) | asdict(config),
+        settings=asdict(arguments.gpt) | asdict(training),
         run_id=run.facts.run_id,
         directory=directory,
     )
-    done = state.step == config.max_steps  # but killed before FINAL was written
+    done = state.step == training.max_steps  # but killed before FINAL was written
     save(run, state, [FINAL, LATEST] if done else [LATEST])
     folder.wait()
     print(banner(run, state.model))
     return Log(
         metrics=metrics,
         step=state.step,
-        max_steps=config.max_steps,
+        max_steps=training.max_steps,
         directory=directory,
         track=track,
         flops=state.model.flops_per_token() / run.processes.world_size,
@@ -349,9 +346,9 @@ def last_words(run: Run, state: TrainState, log: Log) -> str:
 def banner(run: Run, model: GPT) -> str:
     """Says in a line what is trained, where, and on how much."""
     batches, processes = run.batches, run.processes
-    config, size = run.arguments.training, run.facts.micro_batch
-    epochs, cut = config.max_steps / batches.steps_per_epoch, ""
-    if size < (most := largest_micro_batch(config, processes)):
+    training, size = run.arguments.training, run.facts.micro_batch
+    epochs, cut = training.max_steps / batches.steps_per_epoch, ""
+    if size < (most := largest_micro_batch(training, processes)):
         cut = f"; {size} of {most} windows at a time, which is what fits"
     return (
         f"{model.num_parameters():,} parameters on {processes.world_size} × "
@@ -363,17 +360,16 @@ def banner(run: Run, model: GPT) -> str:
 def save(run: Run, state: TrainState, names: list[str]) -> None:
     """Saves the weights as each of `names`, and as StoryGPT_latest.pt all that resuming needs."""
     state.saved_step = state.step
-    arguments, facts = run.arguments, run.facts
-    checkpoint = state.checkpoint(arguments.gpt, arguments.training, facts)
-    run.folder.save(names, checkpoint, state.resume_state(facts))
+    checkpoint = state.checkpoint(run.arguments.training, run.facts)
+    run.folder.save(names, checkpoint, state.resume_state(run.facts))
 
 
 class Pace:
     """How long steps take, and evaluations with what comes with them: by the latest ones."""
 
-    def __init__(self, config: TrainingConfig, deadline: float):
+    def __init__(self, training: TrainingConfig, deadline: float):
         so_far = time.monotonic() - cli.STARTED  # run up stands in for the first steps
-        self.config, self.deadline = config, deadline
+        self.training, self.deadline = training, deadline
         self.steps = deque([so_far, so_far], maxlen=10)
         self.evaluation: float | None = None
 
@@ -389,9 +385,8 @@ class Pace:
         slow = sorted(self.steps)[-2]  # one that compiles, or in which a laptop slept, is no guide
         evaluation = self.evaluation
         if evaluation is None:  # a step is three times the work of a forward pass
-            windows = self.config.batch_size * self.config.gradient_accumulation_steps
-            evaluation = slow * self.config.eval_windows / windows / 3
-        evaluations = sum(is_evaluated(step + n, self.config) for n in (1, 2))
+            evaluation = slow * self.training.eval_windows / self.training.windows_per_step / 3
+        evaluations = sum(is_evaluated(step + n, self.training) for n in (1, 2))
         seconds = 2 * slow + evaluations * evaluation + save_seconds
         return time.monotonic() + seconds <= self.deadline
 
@@ -426,7 +421,7 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
         same["init_from"] = origin and origin["sha256"][:12]
     if first.resume and processes.is_main:
         print(resumption(latest))
-    return Plan(arguments, processes, folder, latest, start)
+    return Plan(arguments, latest, start)
 
 
 def parse_arguments(
@@ -458,67 +453,55 @@ def resumption(latest: dict | None) -> str:
     return f"resuming after step {latest['step']:,}"
 
 
-def set_up(plan: Plan) -> tuple[Run, TrainState]:
+def set_up(plan: Plan, processes: Processes, folder: RunFolder | None) -> tuple[Run, TrainState]:
     """Makes what a new or a resumed run trains with. Raises InputError."""
-    arguments, processes, folder, latest, start = plan
-    gpt, config = arguments.gpt, arguments.training
+    arguments, latest, start = plan
+    gpt, training = arguments.gpt, arguments.training
     with processes.together() as same:
-        device = processes.own_device(machine.use_device(config.device))
-        dtype = machine.pick_dtype(config.dtype, device)
+        device = processes.own_device(machine.use_device(training.device))
+        dtype = machine.pick_dtype(training.dtype, device)
         torch.set_float32_matmul_precision("high")  # TF32, where a run in float32 is on CUDA
-        machine.check_fits(gpt, config.batch_size, device)
+        machine.check_fits(gpt, training.batch_size, device)
         start_weights = fit_start(start, gpt) if start else None
-        meta = load_meta(arguments.data_dir, gpt.vocab_size, arguments.preset)
-        data = data_fingerprint(meta)
-        if latest and latest["step"]:
-            check_same_data(latest, data, arguments.data_dir)
-        load = partial(
-            load_tokens,
-            arguments.data_dir,
-            meta=meta,
-            context_length=gpt.context_length,
-            verify=processes.local_rank == 0,
-        )
-        train_tokens, val_tokens = load("train"), load("validation")
-        same |= {"data": data[:12], "device": device.type, "dtype": machine.dtype_name(dtype)}
+        meta, train_tokens, val_tokens = load_data(arguments, latest, processes.local_rank == 0)
+        precision = machine.dtype_name(dtype)
+        same |= {"data": data_fingerprint(meta)[:12], "device": device.type, "dtype": precision}
     processes.meet(device)
     latest = processes.from_main(latest, device)
     batches = Batches(
         tokens=train_tokens,
         end_of_text=meta["end_of_text"],
-        seed=config.seed,
-        windows_per_step=config.windows_per_step,
+        seed=training.seed,
+        windows_per_step=training.windows_per_step,
         context_length=gpt.context_length,
-        story_windows=config.story_windows,
+        story_windows=training.story_windows,
     )
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(training.seed)
     model = GPT(gpt).to(device)
     speed_up_training(model, device)
-    state = TrainState(model, Optimizer(model, config, device, dtype))
+    state = TrainState(model, Optimizer(model, training, device, dtype))
     if latest:
         state.load(latest, arguments.checkpoint_dir / LATEST)
     elif start:
         load_weights(model, start_weights, arguments.init_from)
     card = machine.card_name(device)
-    most = largest_micro_batch(config, processes)
+    most = largest_micro_batch(training, processes)
     if latest and latest.get("card") == card:  # the same dropout again
         most = math.gcd(most, latest["micro_batch"])
     # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
     later = (0 if state.step else 2) + processes.launched
     micro_batch = machine.fit_micro_batch(
-        model,
-        most,
-        device=device,
-        dtype=dtype,
-        spare=4 * later * model.num_parameters(),
-        processes=processes,
+        model, most, dtype=dtype, spare=4 * later * model.num_parameters(), processes=processes
     )
-    if latest and latest["dtype"] != machine.dtype_name(dtype) and processes.is_main:
-        print(f"this run was in {latest['dtype']} and goes on in {machine.dtype_name(dtype)}")
+    if latest and latest["dtype"] != precision and processes.is_main:
+        print(f"this run was in {latest['dtype']} and goes on in {precision}")
+    tracked = arguments.tracker != "none"
     facts = RunFacts(
-        **begin_facts(latest, start, meta, tracked=arguments.tracker != "none"),
-        dtype=machine.dtype_name(dtype),
+        record=begin_record(meta, origin_of(latest) if latest else start and start.origin),
+        # A run keeps its id also where it goes on without its tracker for a while.
+        run_id=(latest or {}).get("run_id") or (secrets.token_hex(4) if tracked else ""),
+        dtype=precision,
         card=card,
         micro_batch=micro_batch,
     )
@@ -535,20 +518,29 @@ def set_up(plan: Plan) -> tuple[Run, TrainState]:
     return run, state
 
 
-def largest_micro_batch(config: TrainingConfig, processes: Processes) -> int:
+def load_data(
+    arguments: Arguments, latest: dict | None, verify: bool
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Returns what meta.json says, and the tokens of both splits, read whole if to `verify` them.
+
+    Raises InputError where they are not as they should be, or not those of the run so far.
+    """
+    data_dir, gpt = arguments.data_dir, arguments.gpt
+    meta = load_meta(data_dir, gpt.vocab_size, arguments.preset)
+    if latest and latest["step"] and fingerprint_of(latest) != data_fingerprint(meta):
+        raise InputError(
+            f"the data in {data_dir} is not what the run was trained on so far: pass its --data_dir"
+        )
+    train_tokens, val_tokens = (
+        load_tokens(data_dir, split, meta, context_length=gpt.context_length, verify=verify)
+        for split in SPLITS
+    )
+    return meta, train_tokens, val_tokens
+
+
+def largest_micro_batch(training: TrainingConfig, processes: Processes) -> int:
     """Returns how many windows a process reads at once where there is memory enough."""
-    return min(config.batch_size, config.windows_per_step // processes.world_size)
-
-
-def begin_facts(latest: dict | None, start: Start | None, meta: dict, tracked: bool) -> dict:
-    """Returns the facts that a new run will keep for good, or a resumed one has kept: its record
-    and its run_id."""
-    run_id = secrets.token_hex(4) if tracked else ""
-    origin = start.origin if start else None
-    if latest:
-        # A run keeps its id also where it goes on without its tracker for a while.
-        run_id, origin = latest.get("run_id") or run_id, origin_of(latest)
-    return {"record": begin_record(meta, origin), "run_id": run_id}
+    return min(training.batch_size, training.windows_per_step // processes.world_size)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,9 @@ def listen_for_signals(launched: bool) -> Signals:
     def request_save(number, frame) -> None:
         signals.save.append(number)
 
-    asked = {"SIGINT": request_stop, "SIGTERM": request_stop, "SIGHUP": request_stop}
-    for name, handler in (asked | {"SIGUSR1": request_save}).items():
+    handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), request_stop)
+    handlers["SIGUSR1"] = request_save
+    for name, handler in handlers.items():
         number = getattr(signal, name, None)  # Windows has not all of them
         if number and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)

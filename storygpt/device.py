@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -82,19 +83,16 @@ def check_driver() -> None:
     driver, major, gpu = found[1], int(found[2]), found[3]
     cuda = torch.version.cuda
     needed = OLDEST_DRIVER.get(cuda.split(".")[0], 0) if cuda else 0
-    build = "cu130" if major >= OLDEST_DRIVER["13"] else "cu126"
+    mend = install_torch("cu130" if major >= OLDEST_DRIVER["13"] else "cu126")
+    if major < OLDEST_DRIVER["12"]:
+        mend = f"update the driver to {OLDEST_DRIVER['13']} or newer"
     if not cuda:
         what = "is built for CPUs alone"
     elif major < needed:
         what = f"is built for CUDA {cuda}, which needs a driver of {needed} or newer"
     else:
-        what, build = f"cannot start its CUDA {cuda}", None
-    if not build:
+        what = f"cannot start its CUDA {cuda}"
         mend = "python -c 'import torch; torch.cuda.init()' says why"
-    elif major < OLDEST_DRIVER["12"]:
-        mend = f"update the driver to {OLDEST_DRIVER['13']} or newer"
-    else:
-        mend = install_torch(build)
     raise InputError(
         f"there is a GPU here ({gpu}, driver {driver}), but torch {torch.__version__} {what}: "
         f"{mend}; or pass --device cpu to do without"
@@ -172,27 +170,21 @@ def card_name(device: torch.device) -> str:
 
 
 def fit_micro_batch(
-    model: GPT,
-    most: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    spare: int,
-    processes: Processes,
+    model: GPT, most: int, *, dtype: torch.dtype, spare: int, processes: Processes
 ) -> int:
     """Returns the largest divisor of `most`, in windows, that a training step has memory for.
 
     Each is tried: forward, backward, with `spare` bytes set aside for what comes later. All
     `processes` take the same. Raises InputError where not even one window fits.
     """
+    device = model.wte.weight.device
     if not says_when_full(device):
         return most
     for windows in (n for n in range(most, 0, -1) if most % n == 0):
-        fits = _fits(model, windows, device, dtype, spare)
+        fits = _fits(model, windows, dtype, spare)
         if not processes.sum(torch.tensor(float(not fits), device=device)):
-            if device.type == "cuda":  # what was tried is not what the run takes
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.empty_cache()  # what was tried is not what the run takes
+            torch.cuda.reset_peak_memory_stats(device)
             return windows
     raise InputError(
         f"{card_name(device)} has not enough memory for a step on one window: pass a smaller "
@@ -200,8 +192,8 @@ def fit_micro_batch(
     )
 
 
-def _fits(model: GPT, windows: int, device: torch.device, dtype: torch.dtype, spare: int) -> bool:
-    shape = (windows, model.config.context_length)
+def _fits(model: GPT, windows: int, dtype: torch.dtype, spare: int) -> bool:
+    device, shape = model.wte.weight.device, (windows, model.config.context_length)
     try:
         aside = torch.empty(spare, dtype=torch.uint8, device=device)
         idx = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -250,6 +242,28 @@ def peak_memory(device: torch.device) -> int | None:
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s+(\d+)", status.read_text())
     return 1024 * int(found[1]) if found else None
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Tells whether a CUDA device has `size` bytes beside the most that torch has used so far."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    return free + unused > size
+
+
+@contextmanager
+def beside_training(device: torch.device) -> Iterator[None]:
+    """Has CUDA do what this thread asks for beside the work that is queued later, and after the
+    work that is queued now."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -47,34 +47,33 @@ def disagreement(answers: list[dict]) -> str | None:
     return None
 
 
+def ranks() -> tuple[int, int, int]:
+    """Returns RANK, LOCAL_RANK and WORLD_SIZE as the launcher has set them. Raises InputError where
+    its variables are not all there, or no numbers."""
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    names = (*numbers, "MASTER_ADDR", "MASTER_PORT")
+    lacking = [name for name in names if not os.environ.get(name)]
+    wrong = [n for n in (*numbers, "MASTER_PORT") if not os.environ.get(n, "0").isdigit()]
+    if lacking:
+        problem = f"RANK is set, as a launcher does, without {', '.join(lacking)}"
+    elif wrong:
+        problem = f"RANK is set, as a launcher does, and no numbers in {', '.join(wrong)}"
+    else:
+        rank, local_rank, world_size = (int(os.environ[name]) for name in numbers)
+        if rank < world_size:
+            return rank, local_rank, world_size
+        problem = f"RANK {rank} is not below WORLD_SIZE {world_size}"
+    raise InputError(f"{problem}: start with torchrun, or `unset RANK`")
+
+
 class Processes:
     """This process among the others: its rank, how they meet, and what they do together."""
 
     def __init__(self):
-        """Raises InputError where the launcher's variables are not all there, or no numbers."""
+        """Raises InputError as `ranks` does."""
         self.launched = "RANK" in os.environ  # a WORLD_SIZE alone is a leftover
         self.exchanges = 0
-        self.rank, self.local_rank, self.world_size = 0, 0, 1
-        if self.launched:
-            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-            lacking = [name for name in names if not os.environ.get(name)]
-            wrong = [n for n in (*names[:3], "MASTER_PORT") if not os.environ.get(n, "0").isdigit()]
-            if lacking:
-                raise InputError(
-                    f"RANK is set, as a launcher does, without {', '.join(lacking)}: start with "
-                    "torchrun, or `unset RANK`"
-                )
-            if wrong:
-                raise InputError(
-                    f"RANK is set, as a launcher does, and no numbers in {', '.join(wrong)}: start "
-                    "with torchrun, or `unset RANK`"
-                )
-            self.rank, self.local_rank, self.world_size = (int(os.environ[n]) for n in names[:3])
-            if self.rank >= self.world_size:
-                raise InputError(
-                    f"RANK {self.rank} is not below WORLD_SIZE {self.world_size}: start with "
-                    "torchrun, or `unset RANK`"
-                )
+        self.rank, self.local_rank, self.world_size = ranks() if self.launched else (0, 0, 1)
 
     @property
     def restarted(self) -> bool:

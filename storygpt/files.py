@@ -37,15 +37,21 @@ def remedy(error: OSError) -> str:
     return "pass another folder"
 
 
+def cannot_write(path: Path, error: OSError, mend: str = "", kept: bool = False) -> InputError:
+    """Says that `path` could not be written and what mends that; `kept`: the file before it is."""
+    reason = f"{path} cannot be written ({error.strerror or error})"
+    if kept:
+        reason += ", and the one before it is kept"
+    return InputError(f"{reason}: {mend or remedy(error)}")
+
+
 @contextmanager
 def writing(path: Path, mend: str = "") -> Iterator[None]:
-    """Says in an InputError that `path` could not be written, and what mends that."""
+    """Raises InputError where `path` could not be written, with what mends that."""
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): {mend or remedy(error)}"
-        ) from error
+        raise cannot_write(path, error, mend) from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -71,10 +77,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         while not isinstance(first, OSError) and first.__context__:
             first = first.__context__  # torch.save ends in an error of its own about it
         if isinstance(first, OSError):
-            kept = ", and the one before it is kept" if os.path.exists(path) else ""
-            raise InputError(
-                f"{path} cannot be written ({first.strerror or first}){kept}: {remedy(first)}"
-            ) from error
+            raise cannot_write(path, first, kept=os.path.exists(path)) from error
         raise
     if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
         with suppress(OSError):  # not every file system can do that

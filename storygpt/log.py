@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -34,17 +35,17 @@ def start_tracker(
     """
     if name == "none":
         return lambda entry: None
+    found = find_spec(name)
+    # A folder of that name, as wandb makes one for its runs, is an empty package to Python.
+    if found is None or found.origin is None:
+        raise InputError(f"--tracker {name} needs the package {name}: pip install {name}")
     try:
         tracker = import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise half_installed(name, error) from error
-        tracker = None
     except Exception as error:  # of whatever is in a half installation
-        raise half_installed(name, error) from error
-    # A folder of that name, as wandb makes one for its runs, is an empty package to Python.
-    if getattr(tracker, "__file__", None) is None:
-        raise InputError(f"--tracker {name} needs the package {name}: pip install {name}")
+        raise InputError(
+            f"--tracker {name} needs the package {name}, which cannot be imported here "
+            f"({one_line(error)}): pip install --force-reinstall {name}"
+        ) from error
     try:
         # Both share one API, but trackio knows a run by its name alone and keeps all elsewhere.
         options = {"id": run_id, "dir": str(directory)} if name == "wandb" else {}
@@ -72,14 +73,6 @@ def start_tracker(
             print(f"--tracker {name} has failed and is off: {one_line(error)}", file=sys.stderr)
 
     return track
-
-
-def half_installed(name: str, error: Exception) -> InputError:
-    """Says that a package is there, but cannot be imported."""
-    return InputError(
-        f"--tracker {name} needs the package {name}, which cannot be imported here "
-        f"({one_line(error)}): pip install --force-reinstall {name}"
-    )
 
 
 class Log:

@@ -5,33 +5,27 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from config import MAY_CHANGE, GPTConfig, InputError, TrainingConfig
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
 from storygpt.cli import warn
+from storygpt.device import beside_training, has_room
 from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
 from storygpt.metrics import append_metrics, read_metrics
-from storygpt.record import fingerprint_of, origin_of
+from storygpt.record import origin_of
 from storygpt.state import check_resumable
 
 # What a file system without locks answers.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-
-
-def check_same_data(resumed: dict, fingerprint: str, data_dir: Path) -> None:
-    """Raises InputError where a resumed run was trained on other data than `data_dir` holds."""
-    if fingerprint_of(resumed) != fingerprint:
-        raise InputError(
-            f"the data in {data_dir} is not what the run was trained on so far: pass its --data_dir"
-        )
 
 
 def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dict | None) -> bool:
@@ -66,16 +60,6 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
     return True
 
 
-class Found(NamedTuple):
-    """What there is in a run's folder."""
-
-    what: Literal["nothing", "a run begun", "a run", "a finished run"]
-    """A run begun has saved no step, but the settings it began with. One that was killed in its
-    first save may have left weights, too: that is a run."""
-    latest: dict | None
-    """What StoryGPT_latest.pt holds, if there is one."""
-
-
 class Retry:
     """When to try again what could not be written: at the next step, and then every minute."""
 
@@ -107,11 +91,13 @@ class RunFolder:
     """One run's checkpoints and metrics on disk."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
+        self.directory, self.metrics = directory, directory / METRICS
         # Ends with its process, however that ends: a lock that is a file's existence would not.
         self.guard = FileLock(directory / ".lock", fallback_to_soft=False)
         self.made = [p for p in (directory, *directory.parents) if not p.exists()]
         self.writer = ThreadPoolExecutor(1)
+        self.device = torch.device("cpu")
+        """Where what is being saved is trained."""
         self.attempt: Future | None = None
         """The save that goes on in the background."""
         self.unsaved: dict[str, dict] = {}
@@ -156,18 +142,29 @@ class RunFolder:
                 for path in self.made:
                     path.rmdir()
 
-    def look(self) -> Found:
-        """Says what is in the folder. Raises InputError where it is neither empty nor a run that
-        can go on."""
-        kept = [FINAL, *(path.name for path in self.directory.glob("StoryGPT_step_*.pt"))]
+    def find(self, resume: bool) -> dict | None:
+        """Returns the StoryGPT_latest.pt of the run to go on with, or None where a new one begins.
+
+        Raises InputError where a new run would overwrite another, or one cannot be resumed.
+        """
+        weights = [FINAL, *(path.name for path in self.directory.glob("StoryGPT_step_*.pt"))]
         if not (self.directory / LATEST).exists():
-            self._refuse([*kept, BEST, METRICS, PLOT])
-            return Found("nothing", None)
+            self._refuse([*weights, BEST, METRICS, PLOT])
+            return None
         latest = self._load_latest()
-        if latest["step"] == 0 and not any((self.directory / name).exists() for name in kept):
-            return Found("a run begun", latest)
+        if resume:
+            return latest
+        # A run that has saved no step has nothing to lose; but one that was killed in its first
+        # save may have left weights.
+        if latest["step"] == 0 and not any((self.directory / name).exists() for name in weights):
+            return None
         finished = latest["step"] == latest["training_config"].max_steps
-        return Found("a finished run" if finished else "a run", latest)
+        what, how = "a run", "continue it with --resume, or "
+        if finished:
+            what, how = "a finished run", ""
+        raise InputError(
+            f"{self.directory} already holds {what}: {how}pass another --checkpoint_dir"
+        )
 
     def _refuse(self, names: list[str]) -> None:
         """Raises InputError where there is one of the files that training would write over."""
@@ -191,21 +188,6 @@ class RunFolder:
                 f"another --checkpoint_dir, and --init_from to start from this run's {BEST}"
             ) from error
 
-    def find(self, resume: bool) -> dict | None:
-        """Returns the StoryGPT_latest.pt of the run to go on with, or None where a new one begins.
-
-        Raises InputError where a new run would overwrite another.
-        """
-        found = self.look()
-        if resume or found.latest is None:
-            return found.latest
-        if found.what == "a run begun":  # it has nothing to lose
-            return None
-        how = "" if found.what == "a finished run" else "continue it with --resume, or "
-        raise InputError(
-            f"{self.directory} already holds {found.what}: {how}pass another --checkpoint_dir"
-        )
-
     def cut(self, step: int) -> list[dict]:
         """Clears away what is of later than `step`, and returns the metrics up to there.
 
@@ -215,10 +197,10 @@ class RunFolder:
             if re.fullmatch(rf"\.(StoryGPT_\w+\.pt|{METRICS}|{PLOT})\.\w{{8}}\.tmp", path.name):
                 path.unlink()
         # A run that saved no step begins anew: not even the line of step 0 is kept.
-        metrics = read_metrics(self.directory / METRICS, -1 if step == 0 else step)
-        with writing(self.directory / METRICS):
-            (self.directory / METRICS).touch()
-        self.size = (self.directory / METRICS).stat().st_size
+        metrics = read_metrics(self.metrics, -1 if step == 0 else step)
+        with writing(self.metrics):
+            self.metrics.touch()
+        self.size = self.metrics.stat().st_size
         if step == 0:
             for name in (BEST, FINAL, PLOT):
                 with suppress(OSError):  # what cannot go is in the way of a save, which says so
@@ -235,10 +217,9 @@ class RunFolder:
         """Tries to write the lines that are not there yet; returns what that failed for."""
         if not self.unwritten:
             return None
-        path = self.directory / METRICS
         try:
-            with writing(path):
-                self.size = append_metrics(path, self.unwritten, self.size)
+            with writing(self.metrics):
+                self.size = append_metrics(self.metrics, self.unwritten, self.size)
         except InputError as error:
             return error
         self.unwritten = []
@@ -247,11 +228,12 @@ class RunFolder:
     def save(self, names: list[str], checkpoint: dict, resume_state: dict) -> None:
         """Saves `checkpoint` under each of `names`; with `resume_state` added as LATEST.
 
-        Writes in a thread, from a copy, while training goes on. Raises InputError where the
-        weights are not finite.
+        Writes in a thread, from a copy, while training goes on. Where a GPU has room for the copy
+        it is made there, in a millisecond, and its way to the host is the thread's affair. Raises
+        InputError where the weights are not finite.
         """
-        finite = [w.isfinite().all() for w in checkpoint["model_state_dict"].values()]
-        if not torch.stack(finite).all():
+        weights = list(checkpoint["model_state_dict"].values())
+        if not torch.stack([w.isfinite().all() for w in weights]).all():
             raise InputError(
                 f"step {checkpoint['step']} has made weights that are not finite, which were not "
                 f"saved; the last good checkpoint is {self.directory / LATEST}. Likely cause: too "
@@ -259,12 +241,17 @@ class RunFolder:
             )
         if self.attempt:
             self.saving.note(self._end_attempt())
-        checkpoint = on_cpu(checkpoint, {})
-        resume_state = on_cpu(resume_state, {}) if LATEST in names else {}
+        self.device = weights[0].device
+        size = 3 * sum(weight.nbytes for weight in weights)  # with two averages of each
+        place = self.device if has_room(self.device, 2 * size) else "cpu"  # ample, or not at all
+        states = {
+            name: checkpoint | resume_state if name == LATEST else checkpoint for name in names
+        }
+        states = copied(states, lambda tensor: tensor.to(place, copy=True), {})
         # LATEST comes last, as it names the best loss: BEST must be on disk before it.
         for name in names:
             self.unsaved.pop(name, None)  # an older one gives up its place in the order
-            self.unsaved[name] = checkpoint | resume_state if name == LATEST else checkpoint
+            self.unsaved[name] = states[name]
         self._start_attempt()
 
     def keep_up(self) -> None:
@@ -308,8 +295,10 @@ class RunFolder:
     def _write(self) -> InputError | None:
         """Tries to save what is not saved yet; returns what that failed for."""
         began = time.monotonic()
-        with suppress(OSError), open(self.directory / METRICS, "rb") as file:
+        with suppress(OSError), open(self.metrics, "rb") as file:
             os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
+        with beside_training(self.device):
+            self.unsaved = copied(self.unsaved, Tensor.cpu, {})
         for name in list(self.unsaved):
             try:
                 save_checkpoint(self.directory / name, self.unsaved[name])
@@ -320,18 +309,18 @@ class RunFolder:
         return None
 
 
-def on_cpu(value, copies: dict[tuple, torch.Tensor]):
-    """Returns a copy of a nested state, its tensors on the CPU.
+def copied(value, copy: Callable[[Tensor], Tensor], copies: dict[tuple, Tensor]):
+    """Returns a nested state with a `copy` of each of its tensors.
 
     What shares its memory, as tied weights do, shares it in the copy too: `copies` has those made.
     """
     if isinstance(value, dict):
-        return {key: on_cpu(part, copies) for key, part in value.items()}
+        return {key: copied(part, copy, copies) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [on_cpu(part, copies) for part in value]
+        return [copied(part, copy, copies) for part in value]
     if not torch.is_tensor(value):
         return value
     where = (value.data_ptr(), value.dtype, value.shape, value.stride())
     if where not in copies or not value.numel():
-        copies[where] = value.detach().to("cpu", copy=True)
+        copies[where] = copy(value.detach())
     return copies[where]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import GPTConfig, InputError, TrainingConfig
+from config import InputError, TrainingConfig
 from model import GPT
 from storygpt.checkpoint import load_weights
 from storygpt.files import LATEST
@@ -40,10 +40,10 @@ class TrainState:
     skipped_steps: int = 0
     saved_step: int = 0
 
-    def checkpoint(self, gpt: GPTConfig, training: TrainingConfig, facts: RunFacts) -> dict:
+    def checkpoint(self, training: TrainingConfig, facts: RunFacts) -> dict:
         """Returns what every checkpoint holds."""
         return {
-            "gpt_config": gpt,
+            "gpt_config": self.model.config,
             "training_config": training,
             "model_state_dict": self.model.state_dict(),
             "step": self.step,
@@ -78,7 +78,7 @@ class TrainState:
                 "without --resume in another --checkpoint_dir"
             ) from error
 
-    def stop_if_diverged(self, entry: dict, directory: Path, config: TrainingConfig) -> None:
+    def stop_if_diverged(self, entry: dict, directory: Path, training: TrainingConfig) -> None:
         """Raises InputError, before anything is saved, where training has gone wrong for good.
 
         `entry` is what metrics.jsonl would say of the step.
@@ -92,8 +92,8 @@ class TrainState:
         raise InputError(
             f"step {self.step} has a loss of {loss} and a gradient norm of {norm}; "
             f"{good if self.saved_step else 'no step was saved'}. Likely causes: too high a "
-            f"--learning_rate ({config.learning_rate}), too few --warmup_steps "
-            f"({config.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
+            f"--learning_rate ({training.learning_rate}), too few --warmup_steps "
+            f"({training.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
         )
 
 

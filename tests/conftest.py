@@ -216,8 +216,9 @@ def set_up(data_dir, tmp_path, monkeypatch):
         for folder in folders:
             folder.close()
         first = parse_first(train.FirstFlags)
-        folders.append(RunFolder(first.checkpoint_dir))
-        return train.set_up(train.find_run(first, Processes(), folders[-1]))
+        processes, folder = Processes(), RunFolder(first.checkpoint_dir)
+        folders.append(folder)
+        return train.set_up(train.find_run(first, processes, folder), processes, folder)
 
     yield made
     for folder in folders:

@@ -22,6 +22,7 @@ def main() -> None:
         return plain(self, idx, targets)
 
     GPT.forward = forward
+    torch.cuda.reset_peak_memory_stats = lambda device: None
     device.says_when_full = lambda device: True
     device.card_name = lambda device: os.environ.get("CARD", "NVIDIA T4")
     train.main()

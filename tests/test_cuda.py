@@ -13,8 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GPTConfig, TrainingConfig
 from model import GPT, attention, written_out_attention
+from storygpt.checkpoint import load_checkpoint
 from storygpt.device import autocast, fit_micro_batch, peak_memory, use_device
 from storygpt.distributed import Processes
+from storygpt.files import BEST, LATEST
 from storygpt.kernels import (
     chunked_cross_entropy,
     compile_model,
@@ -23,6 +25,7 @@ from storygpt.kernels import (
     speed_up_training,
 )
 from storygpt.optimizer import Optimizer
+from storygpt.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
 DEVICE = "cuda"
@@ -169,7 +172,6 @@ def test_a_micro_batch_is_cut_to_the_memory_there_is():
         windows = fit_micro_batch(
             model,
             256,
-            device=device,
             dtype=torch.bfloat16,
             spare=8 * model.num_parameters(),
             processes=Processes(),
@@ -183,6 +185,32 @@ def test_a_micro_batch_is_cut_to_the_memory_there_is():
             optimizer.step()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_save_is_of_the_moment_it_was_asked_for(room, tmp_path, monkeypatch):
+    """Training writes into the weights at once, while their copy may be on its way to the host."""
+    monkeypatch.setattr("storygpt.run_folder.has_room", lambda device, size: room)
+    model, folder = small_gpt(n_layer=8, n_embd=512), RunFolder(tmp_path)
+    checkpoint = {"gpt_config": model.config, "training_config": TrainingConfig(), "step": 1}
+    checkpoint |= {"val_loss": 1.0, "model_state_dict": model.state_dict()}
+    before = {name: weight.cpu() for name, weight in model.state_dict().items()}
+    folder.lock()
+    folder.cut(0)
+    try:
+        folder.save([BEST, LATEST], checkpoint, {"average": 2 * model.wte.weight.detach()})
+        with torch.no_grad():
+            for _ in range(100):  # as much as an update has to do, and more
+                for weight in model.parameters():
+                    weight.add_(1.0)
+        folder.wait()
+    finally:
+        folder.close()
+    for name in (BEST, LATEST):
+        saved = torch.load(tmp_path / name, weights_only=False)["model_state_dict"]
+        assert all(weight.device.type == "cpu" for weight in saved.values())
+        assert all(torch.equal(saved[name], weight) for name, weight in before.items())
+    assert torch.equal(load_checkpoint(tmp_path / LATEST)["average"], 2 * before["wte.weight"])
 
 
 def test_one_process_over_nccl_does_what_it_does_alone(script, data_dir, tmp_path):

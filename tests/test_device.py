@@ -12,6 +12,7 @@ from storygpt.device import (
     check_architecture,
     check_fits,
     describe,
+    has_room,
     peak_flops,
     peak_memory,
     pick_dtype,
@@ -114,6 +115,17 @@ def test_memory_is_counted_in_bytes():
     del large  # the peak remains
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert 0.95 * pages * resource.getpagesize() < peak_memory(torch.device("cpu")) < 1.05 * most
+
+
+def test_a_gpu_has_room_for_what_training_has_never_needed(monkeypatch):
+    """A stand-in for the driver and torch's allocator: 7 GB are nobody's, and of the 6 GB that
+    torch holds a step took 5 at the most."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 10**9, 16 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * 10**9)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 10**9)
+    cuda, gigabyte = torch.device("cuda"), 10**9
+    assert has_room(cuda, 7 * gigabyte) and not has_room(cuda, 9 * gigabyte)
+    assert not has_room(torch.device("cpu"), 1)
 
 
 CU130, CU126 = (

@@ -164,7 +164,8 @@ def test_a_resumed_run_goes_on_in_its_tracker(set_up, monkeypatch, capsys):
             log=lambda e: steps.append(e["step"]),
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __file__="wandb.py"))
+    spec = SimpleNamespace(origin="wandb.py")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=spec))
     for tracker, status in (("wandb", 75), ("none", 75), ("wandb", 75), ("wandb", 0)):
         flags = ["--resume", "--max_steps", "4", "--warmup_steps", "0", "--tracker", tracker]
         assert train.train(*set_up(*flags, "--max_hours", "1e-9")) == status

@@ -195,7 +195,7 @@ def test_max_hours_knows_an_evaluation_from_the_last(monkeypatch):
     while not stop:
         stop = not pace.allows_two(made, save_seconds=0)
         made += 1
-        evaluated = train.is_evaluated(made, pace.config)
+        evaluated = train.is_evaluated(made, pace.training)
         now += 60 + 300 * evaluated
         pace.add(60, evaluation=300 if evaluated else None)
     assert made == 10 and now - cli.STARTED == pytest.approx(20 * 60)
