@@ -29,6 +29,7 @@ import gradio as gr
 import torch
 import torch.nn.functional as F
 from fastapi import HTTPException, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -409,6 +410,12 @@ def build_server(published: Published) -> gr.Server:
     server, html, config = gr.Server(), render(published), published.config
     queue: list[object] = []  # in the order they came; the first AT_ONCE are being told to
     looks = asyncio.Semaphore(2)  # each takes the memory of a story's logits
+
+    @server.exception_handler(RequestValidationError)
+    async def refuse(_, error: RequestValidationError):
+        # FastAPI's own answer repeats what was sent, and JSON has no NaN and no half a character
+        mistake = error.errors()[0]
+        return JSONResponse({"detail": f"{mistake['loc'][-1]}: {mistake['msg']}."}, 422)
 
     @server.api_route("/", methods=["GET", "HEAD"])
     def page():
