@@ -26,10 +26,11 @@ from conftest import ROOT
 from hub_server import Hub, Repo
 from tokenizers import Tokenizer
 
+from config import GenerationSettings
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.formats import tokenizer_files
-from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.generation import generate_stories
 
 pytest.importorskip("gradio", "6.12")
 FILES = {"app.py", "page.html", "page.css", "page.js", "requirements.txt", "README.md"}
