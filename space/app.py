@@ -40,7 +40,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 HERE = Path(__file__).parent
-FILES = ("model.py", "config.py", "checkpoints/StoryGPT_best.pt", "tokenizer.json")
+WEIGHTS = "checkpoints/StoryGPT_best.pt"
+FILES = ("model.py", "config.py", WEIGHTS, "tokenizer.json")
 OPENING = "Once upon a time"  # of a model that does not say how its stories begin
 AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
 MOST_VISITORS = 300
@@ -123,7 +124,7 @@ def load(name: str) -> Published:
 
     try:
         with torch.serialization.safe_globals([GPTConfig, TrainingConfig]):
-            checkpoint = torch.load(folder / FILES[2], map_location="cpu", weights_only=True)
+            checkpoint = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         model = GPT(checkpoint["gpt_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
