@@ -55,7 +55,7 @@ class Arguments:
     """Also generate this many stories from nothing, and as many from the first sentences of
     held-out ones, and set them beside those."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How the tokens of those stories are drawn."""
+    """How the tokens of the generated stories are drawn."""
     output: Path | None = None
     """Where to write all figures, a .json file. upload_to_hf.py puts those of evaluation.json
     beside the checkpoint (checkpoints/evaluation.json) on its model card."""
