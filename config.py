@@ -1,4 +1,4 @@
-"""Every number of a run: the model's shape, the training recipe, and the presets.
+"""Every number of a run: the model's shape, the training recipe, the sampling, and the presets.
 
 Standard library only: this file is published beside `model.py`, so that a checkpoint can be
 loaded with nothing else of this repo. Field docstrings are the command-line help.
@@ -127,6 +127,26 @@ class TrainingConfig:
 
 
 MAY_CHANGE = frozenset(f.name for f in fields(TrainingConfig) if f.metadata.get("may_change"))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each token is drawn from a model's probabilities, as `GPT.generate` takes it."""
+
+    temperature: float = 0.8
+    """0 always takes the likeliest token; 1 samples the model's own probabilities."""
+    top_k: int | None = 100
+    """Sample among the k likeliest tokens; None among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together reach this probability."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings(Sampling):
+    """How a story is generated: all that `GPT.generate` takes of it."""
+
+    max_new_tokens: int = 200
+    """Most tokens to add to the prompt."""
 
 
 def preset(name: PresetName) -> tuple[GPTConfig, TrainingConfig]:

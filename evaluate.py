@@ -8,19 +8,18 @@ if __name__ == "__main__":
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from config import InputError, check_whole
+from config import GenerationSettings, InputError, Sampling, check_whole
 from model import GPT, check_sampling
 from storygpt.checkpoint import load_to_generate
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 from storygpt.device import use_device
 from storygpt.files import EVALUATION, write_bytes
-from storygpt.generation import GenerationSettings
 from storygpt.judging.judge import collect_stories, judge_stories
 from storygpt.judging.measures import story_table
 from storygpt.judging.story_losses import logits_of, story_losses
@@ -55,26 +54,13 @@ class Arguments:
     num_stories: int = 0
     """Also generate this many stories from nothing, and as many from the first sentences of
     held-out ones, and set them beside those."""
-    temperature: float = GenerationSettings.temperature
-    """Of those stories: 1 samples the model's own probabilities."""
-    top_k: int | None = GenerationSettings.top_k
-    """Of those stories: sample among the k likeliest tokens; None among all."""
-    top_p: float = 1.0
-    """Of those stories: sample among the likeliest tokens that together reach this probability."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the tokens of the generated stories are drawn."""
     output: Path | None = None
     """Where to write all figures, a .json file. upload_to_hf.py puts those of evaluation.json
     beside the checkpoint (checkpoints/evaluation.json) on its model card."""
     seed: int = 1337
     """Seed of the stories and intervals; the loss needs none."""
-
-    def settings(self, max_new_tokens: int) -> GenerationSettings:
-        """Says how to generate stories of at most so many tokens."""
-        return GenerationSettings(
-            max_new_tokens=max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
 
 
 def check(arguments: Arguments) -> None:
@@ -82,7 +68,7 @@ def check(arguments: Arguments) -> None:
     check_whole("batch_size", arguments.batch_size, 1)
     check_whole("num_stories", arguments.num_stories, 0, 10_000)
     check_whole("seed", arguments.seed, 0, 2**63 - 10_001)
-    check_sampling(torch.zeros(1, 1), **asdict(arguments.settings(max_new_tokens=1)))
+    check_sampling(torch.zeros(1, 1), max_new_tokens=1, **asdict(arguments.sampling))
     output = arguments.output
     if output and (output.suffix != ".json" or output.is_dir() or not output.parent.is_dir()):
         place = DEFAULT_CHECKPOINT.with_name(EVALUATION)
@@ -121,14 +107,14 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
 
 def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
     """Returns how the model's stories read beside held-out ones. Raises InputError."""
-    context_length = model.config.context_length
+    context_length, sampling = model.config.context_length, asdict(arguments.sampling)
     held_out = load_tokens(arguments.data_dir, "validation", meta, context_length)
     train = load_tokens(arguments.data_dir, "train", meta, 1, verify=False)
     sets = collect_stories(
         model,
         split_stories(held_out, meta["end_of_text"]),
         num_stories=arguments.num_stories,
-        settings=arguments.settings(max_new_tokens=context_length),
+        settings=GenerationSettings(max_new_tokens=context_length, **sampling),
         seed=arguments.seed,
     )
     judged = judge_stories(
@@ -139,8 +125,8 @@ def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
         builtin=meta["dataset"] in BUILTIN,
         seed=arguments.seed,
     )
-    asked = ("num_stories", "temperature", "top_k", "top_p", "seed")
-    return {name: getattr(arguments, name) for name in asked} | judged
+    asked = {"num_stories": arguments.num_stories, **sampling, "seed": arguments.seed}
+    return asked | judged
 
 
 def main() -> None:

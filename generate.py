@@ -8,11 +8,10 @@ if __name__ == "__main__":
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from config import check_whole
+from config import GenerationSettings, Precision, check_whole
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, printable, run
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
@@ -28,19 +27,12 @@ class Arguments:
     checkpoint: Path = DEFAULT_CHECKPOINT
     """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub: owner/name,
     owner/name@revision or its address."""
-    max_new_tokens: int = 200
-    """Most tokens to add to the prompt."""
-    temperature: float = 0.8
-    """0 always takes the likeliest token; 1 samples the model's own probabilities."""
-    top_k: int | None = 100
-    """Sample among the k likeliest tokens; None among all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together reach this probability."""
+    sampling: GenerationSettings = field(default_factory=GenerationSettings)
     num_samples: int = 1
     """Stories to tell, in one batch: those of seed, seed + 1 and so on."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto takes the first there is."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Precision = "float32"
     """Precision of the weights; auto is the fastest that the device has."""
     seed: int = 1337
     """The same seed tells the same story on the same device."""
@@ -110,10 +102,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
     device = model.wte.weight.device
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     idx = torch.tensor([start] * len(seeds), device=device)
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p")
-    }
+    settings = asdict(arguments.sampling)
     check_sampling(idx, **settings)  # before the prompt is shown
     columns = model.stream(
         idx,

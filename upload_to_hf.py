@@ -95,16 +95,17 @@ def space_of(repo_id: str) -> str:
 # --- The model card ---
 
 
-def evaluation(record, context_length: int) -> dict[str, tuple[str, float | int]]:
+def evaluation(checkpoint: dict, record) -> dict[str, tuple[str, float | int]]:
     """Returns (name, value) by metric type of all that is known of how good it is and what it
     cost."""
-    recipe, loss = record.recipe, record.val_loss
-    windows = recipe["batch_size"] * recipe["gradient_accumulation_steps"] * record.step
+    loss = record.val_loss
+    windows = checkpoint["training_config"].windows_per_step * record.step
+    tokens = windows * checkpoint["gpt_config"].context_length
     metrics = {"loss": ("Validation loss (nats a token)", round(loss, 4))}
     if math.isfinite(perplexity(loss)):
         metrics["perplexity"] = ("Validation perplexity", round(perplexity(loss), 3))
     metrics["steps"] = ("Training steps", record.step)
-    metrics["tokens"] = ("Training tokens", windows * context_length)
+    metrics["tokens"] = ("Training tokens", tokens)
     if record.data:
         bits = bits_per_byte(loss, record.data.splits["validation"])
         metrics["bits_per_byte"] = ("Validation bits per byte", round(bits, 4))
@@ -163,21 +164,21 @@ def how_stories_read(path: Path, record) -> str:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report.get("weights_sha256") != record.weights_sha256:
-            raise InputError("of other weights")
-        if not record.data or report["data"] != record.data.fingerprint:
-            raise InputError("on other data")
-        if "columns" not in report:
-            raise InputError("without --num_stories")
-        title = (
-            f"{report['num_stories']} stories told at temperature {report['temperature']} from "
-            "nothing, and as many from the first\nsentences of held-out stories, beside those "
-            "held-out stories; measured in the same way, with 95 %\nintervals."
-        )
-        return f"### How its stories read\n\n{title}\n\n{story_table(report['columns'])}"
-    except InputError as reason:
-        print(f"{path} was measured {reason}: its table is left out")
+            fault = "was measured of other weights"
+        elif not record.data or report["data"] != record.data.fingerprint:
+            fault = "was measured on other data"
+        elif "columns" not in report:
+            fault = "was measured without --num_stories"
+        else:
+            title = (
+                f"{report['num_stories']} stories told at temperature {report['temperature']} from "
+                "nothing, and as many from the first\nsentences of held-out stories, beside those "
+                "held-out stories; measured in the same way, with 95 %\nintervals."
+            )
+            return f"### How its stories read\n\n{title}\n\n{story_table(report['columns'])}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        print(f"{path} is not as evaluate.py writes it: its table is left out")
+        fault = "is not as evaluate.py writes it"
+    print(f"{path} {fault}: its table is left out")
     return ""
 
 
@@ -187,11 +188,9 @@ def card_data(arguments: Arguments, record, metrics: dict):
 
     from storygpt.sources import BUILTIN
 
-    data, measured_on = record.data, {"dataset_type": "stories", "dataset_name": "stories"}
-    on_the_hub = bool(data and data.name and data.name not in BUILTIN)
-    if on_the_hub:
-        measured_on = dict.fromkeys(measured_on, data.name)
-        measured_on |= {"dataset_config": data.subset, "dataset_revision": data.commit}
+    data = record.data
+    if data and data.name in (None, *BUILTIN):  # no data set on the Hub
+        data = None
     return ModelCardData(
         language=arguments.language,
         license=arguments.license,
@@ -199,16 +198,19 @@ def card_data(arguments: Arguments, record, metrics: dict):
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "storygpt"],
-        datasets=[data.name] if on_the_hub else None,
+        datasets=[data.name] if data else None,
         model_name=arguments.repo_id.split("/")[1],
         eval_results=[
             EvalResult(
                 task_type="text-generation",
+                dataset_type=data.name if data else "stories",
+                dataset_name=data.name if data else "stories",
+                dataset_config=data.subset if data else None,
+                dataset_revision=data.commit if data else None,
                 dataset_split="validation",
                 metric_type=kind,
                 metric_name=title,
                 metric_value=value,
-                **measured_on,
             )
             for kind, (title, value) in metrics.items()
         ],
@@ -227,18 +229,17 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
     from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
-    metrics = evaluation(record, config.context_length)
+    metrics = evaluation(checkpoint, record)
     prompt, seeds = opening_of(checkpoint), range(arguments.seed, arguments.seed + 3)
     shell_prompt = shlex.quote(prompt)
     told = zip(seeds, generate_stories(model, prompt, seeds), strict=True)
     imports = ["import torch", "from huggingface_hub import hf_hub_download"]
     if config.vocab_size == GPT2_VOCAB_SIZE:
-        imports, tokenizer = ["import tiktoken", *imports], 'tiktoken.get_encoding("gpt2")'
+        imports.insert(0, "import tiktoken")
+        tokenizer = 'tiktoken.get_encoding("gpt2")'
     else:  # tiktoken has no other
-        imports, tokenizer = (
-            [*imports, "from transformers import AutoTokenizer"],
-            f'AutoTokenizer.from_pretrained("{repo_id}")',
-        )
+        imports.append("from transformers import AutoTokenizer")
+        tokenizer = f'AutoTokenizer.from_pretrained("{repo_id}")'
     train = record.data and record.data.splits["train"]
     body = Template(CARD.read_text(encoding="utf-8")).substitute(
         name=repo_id.split("/")[1],

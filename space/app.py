@@ -29,6 +29,7 @@ import gradio as gr
 import torch
 import torch.nn.functional as F
 from fastapi import HTTPException, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -39,7 +40,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 HERE = Path(__file__).parent
-FILES = ("model.py", "config.py", "checkpoints/StoryGPT_best.pt", "tokenizer.json")
+WEIGHTS = "checkpoints/StoryGPT_best.pt"
+FILES = ("model.py", "config.py", WEIGHTS, "tokenizer.json")
 OPENING = "Once upon a time"  # of a model that does not say how its stories begin
 AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
 MOST_VISITORS = 300
@@ -122,7 +124,7 @@ def load(name: str) -> Published:
 
     try:
         with torch.serialization.safe_globals([GPTConfig, TrainingConfig]):
-            checkpoint = torch.load(folder / FILES[2], map_location="cpu", weights_only=True)
+            checkpoint = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         model = GPT(checkpoint["gpt_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -409,6 +411,12 @@ def build_server(published: Published) -> gr.Server:
     server, html, config = gr.Server(), render(published), published.config
     queue: list[object] = []  # in the order they came; the first AT_ONCE are being told to
     looks = asyncio.Semaphore(2)  # each takes the memory of a story's logits
+
+    @server.exception_handler(RequestValidationError)
+    async def refuse(_, error: RequestValidationError):
+        # FastAPI's own answer repeats what was sent, and JSON has no NaN and no half a character
+        mistake = error.errors()[0]
+        return JSONResponse({"detail": f"{mistake['loc'][-1]}: {mistake['msg']}."}, 422)
 
     @server.api_route("/", methods=["GET", "HEAD"])
     def page():

@@ -55,9 +55,7 @@ async function post(path, body, signal) {
   });
   if (response.ok) return response;
   const { detail } = await response.json(); // no JSON: not of our server, which may come back
-  throw new Refusal(
-    typeof detail === "string" ? detail : detail.map((d) => `${d.loc.at(-1)}: ${d.msg}.`).join(" "),
-  );
+  throw new Refusal(detail);
 }
 
 // --- The form, the address and the session ---

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from config import GPTConfig, InputError, TrainingConfig
 from model import GPT
 from storygpt.files import write_atomically
-from storygpt.formats import read_folder, reading_weights, rebuild
+from storygpt.formats import WEIGHTS, read_folder, reading_weights, rebuild
 from storygpt.hub import download_model, is_hub_id
 from storygpt.kernels import pack_linears
 from storygpt.record import read_begun, weights_sha256
@@ -30,8 +30,6 @@ KEYS = {
     "step": int,
     "val_loss": float,
 }
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -87,15 +85,14 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
     """Puts `state_dict` into `model`. Raises InputError where names or shapes do not fit it, or it
     holds NaN or infinity."""
     shapes, given = (
-        {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+        {name: tuple(weight.shape) for name, weight in weights.items()}
         for weights in (model.state_dict(), state_dict)
     )
     for name in sorted(shapes.keys() | given.keys()):
         if shapes.get(name) != given.get(name):
-            sizes = [tuple(s[name] or ()) if name in s else "none" for s in (given, shapes)]
             raise InputError(
-                f"the weights in {path} do not fit its configuration: {name} is {sizes[0]}, where "
-                f"the model has {sizes[1]}"
+                f"the weights in {path} do not fit its configuration: {name} is "
+                f"{given.get(name, 'none')}, where the model has {shapes.get(name, 'none')}"
             )
     # torch notes `assign` in the state dict itself: written to a file again, the note would have
     # whoever loads that assign too, and come away with untied embeddings. A copy takes it.

@@ -11,16 +11,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import GPTConfig, InputError, TrainingConfig
+from config import GenerationSettings, GPTConfig, InputError, TrainingConfig
 from storygpt.files import refuse_pointers
-from storygpt.generation import DEFAULTS
 from storygpt.record import from_dict, record_of, weights_sha256
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of two, the first is read
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
 OURS = {
@@ -91,12 +93,12 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
         raise InputError(f"{path} is a {config.get('model_type')} model's: only GPT-2's are read")
     with reading_weights(path):
         width = config.get("n_embd", 768)
-        allowed = OURS | {"n_inner": (None, 4 * width)}
+        allowed = OURS | {"n_inner": (4 * width, None)}
         for key, values in allowed.items():
             if config.get(key, values[0]) not in values:
                 raise InputError(
                     f"{path} has {key} {config[key]!r}, which StoryGPT's model does not do: "
-                    f"there it is {values[-1] if key == 'n_inner' else values[0]!r}"
+                    f"there it is {values[0]!r}"
                 )
         ours = config.get("storygpt", {})
         try:
@@ -148,10 +150,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    def load_torch(path: Path) -> dict:
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_torch)):
+    load_bin = partial(torch.load, map_location="cpu", weights_only=True)
+    for name, load in zip(WEIGHTS, (load_file, load_bin), strict=True):
         index = folder / f"{name}.index.json"
         names = [name]
         if not (folder / name).is_file():
@@ -339,8 +339,13 @@ def config_files(checkpoint: dict) -> dict[str, str]:
         # what a GPT-2 config has no field for, and a checkpoint has
         "storygpt": {"bias": config.bias, "record": asdict(record_of(checkpoint).public())},
     }
-    sampling = {"do_sample": True, "temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k}
-    generation = ids | sampling | {"max_length": config.context_length}
+    generation = {
+        **ids,
+        "do_sample": True,
+        "temperature": GenerationSettings.temperature,
+        "top_k": GenerationSettings.top_k,
+        "max_length": config.context_length,
+    }
     return {"config.json": to_json(shape), "generation_config.json": to_json(generation)}
 
 

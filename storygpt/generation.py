@@ -1,31 +1,17 @@
 """A prompt and seeds in, stories out."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import NamedTuple
 
 import tiktoken
 import torch
 
+from config import GenerationSettings
 from model import GPT
 from storygpt.tokenizer import load_tokenizer, story_text
 
 AT_ONCE = 100  # stories in one batch of `generate_ids`
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How tokens are drawn, and how many at most, by the names of `GPT.generate`.
-
-    The defaults are those of `generate.py`, and what a published model's files say of it.
-    """
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = 100
-    top_p: float | None = None
-
-
 DEFAULTS = GenerationSettings()
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -62,6 +63,13 @@ def is_hub_id(name: str) -> bool:
 # --- What failed, and whether to try again ---
 
 
+def endpoint_is_address() -> bool:
+    """Tells whether HF_ENDPOINT, where it is set, says how to reach a Hub."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT.startswith(("https://", "http://"))
+
+
 def explain(error: Exception) -> str:
     """Says in brackets what failed, then what mends it; no token, and no address of the Hub."""
     from huggingface_hub import constants, errors
@@ -84,7 +92,7 @@ def explain(error: Exception) -> str:
         return f"(HTTP {status}): {means}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "(HF_HUB_OFFLINE is set): unset it and run the same command again"
-    if not constants.ENDPOINT.startswith(("https://", "http://")):
+    if not endpoint_is_address():
         return f"(HF_ENDPOINT is {constants.ENDPOINT}): begin it with https://"
     if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError):
         return f"({name}): check the network and run the same command again"
@@ -117,7 +125,7 @@ def retry(call: Callable[[], object]):
                 asked = error.response.headers.get("Retry-After") or ""
                 wait = int(asked) if asked.isdigit() else wait
                 reason = f"HTTP {error.response.status_code}"
-            if not is_transient(error) or wait > 60:
+            if not (is_transient(error) and endpoint_is_address()) or wait > 60:
                 raise
             print(f"{reason}: trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
@@ -154,10 +162,10 @@ def find_token(token: str | None) -> str:
 # --- Downloads ---
 
 
-def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tuple[str, list[str]]:
-    """Returns the commit that a repo is at and the names of its files there.
+def list_files(name: str, kind: str, revision: str | None, offline: bool) -> Repo:
+    """Returns the files of a repo as the Hub has them.
 
-    Leaves both in the cache, and README.md with them; `offline` takes them from there.
+    Leaves their names in the cache, and README.md with them; `offline` takes them from there.
     """
     from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
@@ -186,9 +194,8 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> tup
     commit = Path(folder).name
     if said not in (None, commit):  # where its own question fails, it takes the cache's commit
         raise HTTPError(f"{name} is being changed")
-    return commit, sorted(
-        f.path for f in get_cached_repo_tree(name, repo_type=kind, revision=commit)
-    )
+    tree = get_cached_repo_tree(name, repo_type=kind, revision=commit)
+    return Repo(name, kind, commit, files=sorted(file.path for file in tree))
 
 
 def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None = None) -> Repo:
@@ -201,8 +208,7 @@ def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None
 
     check_token(None)
     try:
-        commit, files = retry(lambda: list_files(name, kind, revision, offline=False))
-        return Repo(name, kind, commit, files)
+        return retry(lambda: list_files(name, kind, revision, offline=False))
     except HFValidationError as error:
         raise InputError(
             f"{name} is neither a file nor a folder here, nor a name on the Hub: check it, or "
@@ -215,30 +221,29 @@ def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None
                 f"{name} is no file or folder here, and cannot be downloaded {why}"
             ) from error
     try:
-        commit, files = list_files(name, kind, revision, offline=True)
+        repo = list_files(name, kind, revision, offline=True)
     except Exception as error:
         other = ", and --dataset builtin needs no network" if kind == "dataset" else ""
         raise InputError(
             f"{name} is no file or folder here, and cannot be downloaded {why}; the cache does not "
             f"have it whole{other}"
         ) from error
-    print(f"taking {name} at commit {commit} from the cache {why}", file=sys.stderr)
-    return Repo(name, kind, commit, files, offline=why)
+    print(f"taking {name} at commit {repo.commit} from the cache {why}", file=sys.stderr)
+    return repo._replace(offline=why)
 
 
 def fetch(repo: Repo, file: str) -> Path:
     """Returns where a file of `repo` lies here, downloaded first if need be. Raises InputError."""
     from huggingface_hub import hf_hub_download
 
-    def download() -> str:
-        return hf_hub_download(
-            repo.name,
-            file,
-            repo_type=repo.kind,
-            revision=repo.commit,
-            local_files_only=bool(repo.offline),
-        )
-
+    download = partial(
+        hf_hub_download,
+        repo.name,
+        file,
+        repo_type=repo.kind,
+        revision=repo.commit,
+        local_files_only=bool(repo.offline),
+    )
     try:
         return Path(retry(download))
     except Exception as error:  # the Hub's client's own, and those of the layers below it
@@ -272,9 +277,7 @@ def download_model(name: str, revision: str | None = None) -> Path:
     if "config.json" not in repo.files:
         raise InputError(f"{name} is no model that this reads: it has no config.json")
     files = list(filter_repo_objects(repo.files, allow_patterns=MODEL_FILES))
-    if not any(
-        file.endswith(".safetensors") for file in files
-    ):  # most repos hold all weights twice
+    if not any(file.endswith(".safetensors") for file in files):  # most repos hold both kinds
         files += filter_repo_objects(repo.files, allow_patterns=OLDER_MODEL_FILES)
     for file in files:
         fetch(repo, file)
@@ -314,8 +317,6 @@ class Plan(NamedTuple):
 
     before: str
     """The commit that the repo is at."""
-    same_weights: bool
-    """Whether it holds the weights that are to be sent."""
     keep_card: bool
     """Whether its README.md was edited there, and is left as it is."""
     delete: list[str]
@@ -333,21 +334,20 @@ class Published(NamedTuple):
 def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
     """Sends each folder as one commit to its repo, made if need be, once all of them may be sent.
 
-    What an earlier commit of ours put there, and the folder lacks, is deleted. What others have put
-    there is touched with `replace` alone: without it a README.md edited there is kept where the
-    weights, those of the first of `repos`, are the same, and all else that is in the way is an
-    InputError.
+    The first of `repos` is the model's. What an earlier commit of ours put there, and the folder
+    lacks, is deleted. What others have put there is touched with `replace` alone: without it a
+    README.md edited there is kept where the model has the same weights there, and all else that is
+    in the way is an InputError.
     """
     from huggingface_hub import HfApi
 
     api, plans, published = HfApi(token=token), [], []
-    if not api.endpoint.startswith(("https://", "http://")):
-        raise InputError(f"HF_ENDPOINT {api.endpoint} is no address: begin it with https://")
     for repo in repos:
         with failures_explained(repo, token):
             check_card(repo)
             commit, there = open_remote(api, repo, private)
-        same_weights = plans[0].same_weights if plans else None
+        if not plans:
+            same_weights = holds_weights(there, repo.folder)
         plans.append(make_plan(repo, commit, there, same_weights=same_weights, replace=replace))
     for repo, plan in zip(repos, plans, strict=True):
         with failures_explained(repo, token):
@@ -412,18 +412,19 @@ def open_remote(api, repo: Built, private: bool) -> tuple[str, dict]:
     return info.sha, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def make_plan(
-    repo: Built, commit: str, there: dict, same_weights: bool | None, replace: bool
-) -> Plan:
+def holds_weights(there: dict, folder: Path) -> bool:
+    """Tells whether a repo with the files `there` holds the weights in `folder`."""
+    weights = there.get("model.safetensors")
+    with (folder / "model.safetensors").open("rb") as file:
+        ours = hashlib.file_digest(file, "sha256").hexdigest()
+    return bool(weights and weights.lfs and weights.lfs.sha256 == ours)
+
+
+def make_plan(repo: Built, commit: str, there: dict, same_weights: bool, replace: bool) -> Plan:
     """Returns what sending a folder does to a repo that is at `commit` and holds the files `there`.
 
-    With `same_weights` None they are looked for. Raises InputError where what others have put there
-    is in the way.
+    Raises InputError where what others have put there is in the way.
     """
-    if same_weights is None:
-        weights = there.get("model.safetensors")
-        known = weights and weights.lfs and weights.lfs.sha256
-        same_weights = known == file_sha256(repo.folder / "model.safetensors")
     sent = {p.relative_to(repo.folder).as_posix() for p in repo.folder.rglob("*") if p.is_file()}
     titles = {path: entry.last_commit.title for path, entry in there.items()}
     if titles.get("README.md") == "initial commit":  # the Hub's own words, and nobody's
@@ -441,29 +442,21 @@ def make_plan(
             "this in its place"
         )
     gone = sorted((ours | in_the_way) - sent - {".gitattributes"})
-    return Plan(before=commit, same_weights=same_weights, keep_card=keep_card, delete=gone)
-
-
-def file_sha256(path: Path) -> str:
-    """Returns a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Plan(before=commit, keep_card=keep_card, delete=gone)
 
 
 def send(api, repo: Built, plan: Plan) -> Published:
     """Makes the one commit."""
-
-    def upload():
-        return api.upload_folder(
-            repo_id=repo.repo_id,
-            repo_type=repo.kind,
-            folder_path=repo.folder,
-            ignore_patterns="README.md" if plan.keep_card else None,
-            delete_patterns=[glob.escape(path) for path in plan.delete] or None,
-            commit_message=repo.commit_title,
-            parent_commit=plan.before,
-        )
-
+    upload = partial(
+        api.upload_folder,
+        repo_id=repo.repo_id,
+        repo_type=repo.kind,
+        folder_path=repo.folder,
+        ignore_patterns="README.md" if plan.keep_card else None,
+        delete_patterns=[glob.escape(path) for path in plan.delete] or None,
+        commit_message=repo.commit_title,
+        parent_commit=plan.before,
+    )
     place = f"spaces/{repo.repo_id}" if repo.kind == "space" else repo.repo_id
     changed = retry(upload).oid != plan.before
     return Published(f"{api.endpoint}/{place}", changed=changed, kept_card=plan.keep_card)

@@ -99,11 +99,12 @@ def from_dict(known: dict) -> Record:
     return Record(**known | numbers | {"data": data, "init_from": origin})
 
 
-def describe_data(meta: dict) -> Data:
-    """Returns what a model trained on the data folder with this meta.json remembers of it."""
+def begin_record(meta: dict, init_from: dict[str, str] | None) -> dict:
+    """Returns what every checkpoint of a run holds as "record": its data, from their meta.json, and
+    the origin of its weights."""
     # only what is on the Hub has a revision: a path of this machine may be spelled alike
     public = meta["dataset"] in BUILTIN or meta.get("revision")
-    return Data(
+    data = Data(
         name=meta["dataset"] if public else None,
         subset=meta.get("subset") if public else None,
         commit=meta.get("revision"),
@@ -111,11 +112,7 @@ def describe_data(meta: dict) -> Data:
         splits={split: {name: meta["splits"][split][name] for name in COUNTS} for split in SPLITS},
         openings=meta.get("openings", []),
     )
-
-
-def begin_record(meta: dict, init_from: dict[str, str] | None) -> dict:
-    """Returns what every checkpoint of a run on this data holds as "record"."""
-    return {"data": asdict(describe_data(meta)), "init_from": init_from}
+    return {"data": asdict(data), "init_from": init_from}
 
 
 def record_of(checkpoint: dict) -> Record:

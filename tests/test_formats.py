@@ -370,7 +370,7 @@ def test_the_settings_that_others_read_are_the_models_own(tmp_path):
     assert theirs.n_positions == theirs.n_ctx == 48 and theirs.n_embd == 16
     assert theirs.attn_pdrop == theirs.embd_pdrop == theirs.resid_pdrop == 0.25
     assert theirs.initializer_range == 0.07 and theirs.activation_function == "gelu_new"
-    told, default = GenerationConfig.from_pretrained(tmp_path), Arguments()
+    told, default = GenerationConfig.from_pretrained(tmp_path), Arguments().sampling
     assert told.do_sample and told.max_length == 48
     assert (told.temperature, told.top_k) == (default.temperature, default.top_k)
     for ids in (theirs, told):

@@ -15,13 +15,13 @@ from hub_server import Hub
 import evaluate
 import generate
 import train
-from config import GPTConfig, TrainingConfig
+from config import GenerationSettings, GPTConfig, TrainingConfig
 from model import GPT
 from storygpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from storygpt.device import pick_dtype
 from storygpt.files import BEST
 from storygpt.formats import write_folder
-from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.generation import generate_stories
 from storygpt.kernels import pack_linears
 from storygpt.record import begin_record
 from storygpt.tokenizer import TextStream, load_tokenizer

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from config import GPTConfig
+from config import GenerationSettings, GPTConfig
 from model import GPT
 from storygpt import generation
-from storygpt.generation import GenerationSettings, generate_ids, generate_stories
+from storygpt.generation import generate_ids, generate_stories
 from storygpt.tokenizer import load_tokenizer
 
 

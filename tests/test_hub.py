@@ -333,7 +333,8 @@ def test_what_the_hub_refuses_is_said_in_its_kind(reads, hub, tmp_path):
         ("neither a file nor a folder here, nor a name on the Hub", {"dataset": "~/no/such"}),
         ("(HF_ENDPOINT is localhost): begin it with https://", {"HF_ENDPOINT": "localhost"}),
     ):
-        assert says in reads(**arguments)["error"], says
+        found = reads(**arguments)
+        assert says in found["error"] and "again in" not in found.output, says
     for status, says in (
         (402, "(HTTP 402): planned"),  # the Hub's own words
         (403, "(HTTP 403): the token may not do that"),

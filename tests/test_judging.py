@@ -7,9 +7,9 @@ import torch
 from conftest import nats_of_windows
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
-from config import InputError
+from config import GenerationSettings, InputError
 from storygpt.builtin_stories import sample_stories
-from storygpt.generation import GenerationSettings, generate_ids
+from storygpt.generation import generate_ids
 from storygpt.judging import copies, judge
 from storygpt.judging.copies import CopySearch, chunks
 from storygpt.judging.judge import collect_stories, judge_stories

@@ -26,10 +26,11 @@ from conftest import ROOT
 from hub_server import Hub, Repo
 from tokenizers import Tokenizer
 
+from config import GenerationSettings
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.formats import tokenizer_files
-from storygpt.generation import GenerationSettings, generate_stories
+from storygpt.generation import generate_stories
 
 pytest.importorskip("gradio", "6.12")
 FILES = {"app.py", "page.html", "page.css", "page.js", "requirements.txt", "README.md"}
@@ -397,6 +398,36 @@ def test_odd_input_is_answered_and_the_server_lives(space):
         status, body = space.request("POST", "/stories", {"prompt": "Once", **SHORT, **wish})
         assert status in (413, 422) and says in body, (wish, body)
     assert space.stories("Once")
+
+
+ODD = [
+    ("/stories", f'{{"prompt": "Once", "{name}": {value}}}', "application/json")
+    for name in ("seed", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p")
+    for value in ("NaN", "Infinity", "-1e999", "9" * 400, "9" * 5000, '"\\ud800"', "null", "[]")
+]
+ODD += [
+    ("/stories", f'{{"prompt": {value}}}', "application/json")
+    for value in ('"\\ud800"', "NaN", "null", "[" * 900 + "]" * 900, "[" * 20_000)
+]
+ODD += [
+    (path, f'{{"ids": {value}}}', "application/json")
+    for path in ("/tokens", "/likeliest", "/attention")
+    for value in ("[NaN]", "[1e999]", '["\\ud800"]', f"[{'9' * 400}]", '[1], "index": NaN', "1")
+]
+ODD += [
+    ("/stories", body, kind)
+    for body in (b"", b"{", b"null", b"NaN", b"\xff", b'{"prompt": "\xed\xa0\x80"}')
+    for kind in ("application/json", "text/plain", "multipart/form-data; boundary=x", ";", "")
+]
+
+
+def test_whatever_a_request_holds_it_is_refused_in_a_sentence(client):
+    for path, body, kind in ODD:
+        headers = {"content-type": kind} if kind else {}
+        answer = client.post(path, content=body, headers=headers)  # raises what would be a 500
+        assert answer.status_code in (400, 422), (path, body)
+        detail = answer.json()["detail"]
+        assert isinstance(detail, str) and len(detail) < 200, (path, body, detail)
 
 
 def test_gradios_own_addresses_are_closed(space):

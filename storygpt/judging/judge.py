@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import tiktoken
 
-from config import InputError
+from config import GenerationSettings, InputError
 from model import GPT
 from storygpt.builtin_stories import keeps_hero_and_object
 from storygpt.cli import progress_bar
-from storygpt.generation import GenerationSettings, generate_ids
+from storygpt.generation import generate_ids
 from storygpt.judging.copies import CopySearch, chunks
 from storygpt.judging.measures import (
     LENGTHS,
@@ -88,7 +88,8 @@ def judge_stories(
         column |= {f"copied_{n}": searches[title].share(n) for n in LENGTHS}
         column["loss"] = own_loss(stories, model, tokenizer, batch_size)
         if builtin:
-            column["keeps"] = keeps(stories)
+            kept = [story.ended and keeps_hero_and_object(story.text) for story in stories]
+            column["keeps"] = np.array(kept, float)
         columns[title] = {
             name: with_interval(name, values, seed) for name, values in column.items()
         }
@@ -110,12 +111,6 @@ def search_copies(sets: dict[str, list[Story]], train: np.ndarray) -> dict[str, 
                 search.scan(chunk)
             bar.update(len(chunk))
     return searches
-
-
-def keeps(stories: Sequence[Story]) -> np.ndarray:
-    """Returns 1 for a built-in story that ended, with its hero and object: (stories,) float64."""
-    kept = [story.ended and keeps_hero_and_object(story.text) for story in stories]
-    return np.array(kept, float)
 
 
 def own_loss(
