@@ -320,6 +320,15 @@ def tinystories() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def real_data(script, tinystories, tmp_path_factory) -> Path:
+    """Those, prepared in GPT-2's vocabulary."""
+    folder = tmp_path_factory.mktemp("real")
+    result = script("prepare_data.py", "--dataset", tinystories, "--data_dir", folder)
+    assert result.code == 0, result.output
+    return folder
+
+
 @pytest.fixture(scope="session", params=[50257, 4096])
 def storyteller(request, tmp_path_factory) -> tuple[GPT, dict]:
     """A model that has learnt twenty stories by heart, so that no two tokens are nearly tied.

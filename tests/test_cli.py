@@ -117,8 +117,9 @@ def test_sigusr1_saves_and_goes_on(script, flags, tmp_path):
     wait_for_step(process, tmp_path / "run", 5)
     os.kill(process.pid, signal.SIGUSR1)
     path = tmp_path / "run" / "StoryGPT_latest.pt"
-    while load_checkpoint(path)["step"] == 0:
+    while (saved := load_checkpoint(path)["step"]) == 0:
         assert process.is_alive(), process.output.read_text()
+    assert saved < 200
     process.join(60)
     assert process.exitcode == 0, process.output.read_text()
     assert len(metrics_of(tmp_path / "run")) == 200

@@ -74,7 +74,7 @@ def undisturbed(script, data_dir, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("changes", "stops"),
-    [((), (5, 39, 41, 77, 110)), (("--optimizer", "muon", "--max_steps", "50"), (9, 24))],
+    [((), (5, 39, 41, 77, 95)), (("--optimizer", "muon", "--max_steps", "50"), (9, 24))],
 )
 def test_interrupted_run_is_bit_identical(changes, stops, script, data_dir, undisturbed, tmp_path):
     flags = [*flags_of(data_dir, tmp_path), *changes]
@@ -136,8 +136,8 @@ def test_killed_20_times_and_still_bit_identical(
         first = load_checkpoint(tmp_path / "StoryGPT_latest.pt")["step"] if resume else 0
         if kills == 0:
             time.sleep(rng.uniform(0, 0.5))  # perhaps before anything is there
-        else:  # some way into the steps that this life adds, about a fifth of a save interval on
-            wait_for_step(process, tmp_path, min(119, first + rng.randint(1, 6)))
+        else:  # some way into the steps that this life adds, and far from the last
+            wait_for_step(process, tmp_path, first + rng.randint(1, 3))
         if kills % 3 == 2:
             stop_in_a_save(process, tmp_path)
         else:
