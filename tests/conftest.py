@@ -96,6 +96,15 @@ class Scripts:
         return SimpleNamespace(code=process.exitcode, output=output)
 
 
+# Files that set up much for all of their tests: begun at once, so that no second worker does too.
+COSTLY = ("test_space.py", "test_upload_to_hf.py", "test_docs.py", "test_formats.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of COSTLY files first."""
+    items.sort(key=lambda item: item.path.name not in COSTLY)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Prints what tests counted (record_property), which pytest would keep to itself."""
     for report in terminalreporter.getreports("passed"):
