@@ -1,5 +1,6 @@
 """Imported once by the tests' fork server: what every script would import and load anew."""
 
+import logging
 import sys
 
 import matplotlib.backends.backend_agg
@@ -19,8 +20,9 @@ from storygpt.tokenizer import load_tokenizer
 
 load_tokenizer(512)
 
-# The Hub's client reads the environment as it is imported: each script does that for itself, with
-# all that the client imports here already.
+# The Hub's client reads the environment as it is imported, which each script does for itself; what
+# the client imports is here already.
 for name in [*sys.modules]:
     if name.partition(".")[0] == "huggingface_hub":
         del sys.modules[name]
+logging.getLogger("huggingface_hub").handlers.clear()  # or it would say everything twice
