@@ -242,9 +242,9 @@ def set_up(data_dir, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def data_dir(script, tmp_path_factory) -> Path:
-    """Of the built-in stories 3,800, and 200 held out, in a vocabulary of 512."""
+    """Of the built-in stories 4,800, and 200 held out, in a vocabulary of 512."""
     folder = tmp_path_factory.mktemp("data")
-    flags = ("--dataset", "sample", "--max_stories", 4000, "--validation_fraction", 0.05)
+    flags = ("--dataset", "sample", "--max_stories", 5000, "--validation_fraction", 0.04)
     flags += ("--vocab_size", 512, "--data_dir", folder, "--num_proc", 2)
     result = script("prepare_data.py", *flags)
     assert result.code == 0, result.output
