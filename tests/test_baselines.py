@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from config import InputError
+from experiments import baselines
 from experiments.baselines import Model, open_tokenizer, read_earlier, score
 from storygpt.checkpoint import load_checkpoint
 from storygpt.formats import tokenizer_files, write_folder
@@ -25,6 +27,18 @@ def gpt2(vocab_size: int, context_length: int) -> GPT2LMHeadModel:
 BASELINES = "experiments.baselines.py"  # as the fork server finds it
 
 
+@pytest.fixture
+def scores(monkeypatch, capsys):
+    """scores(*flags) is what baselines.py prints, run here, where transformers is imported."""
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, flags)])
+        baselines.main()
+        return capsys.readouterr().out
+
+    return run
+
+
 def lines(output: str) -> dict[str, list[str]]:
     """{model: its other cells} of the printed table."""
     rows = [line for line in output.splitlines() if line.startswith("| ")]
@@ -32,7 +46,7 @@ def lines(output: str) -> dict[str, list[str]]:
     return {name: rest for name, *rest in cells[1:]}
 
 
-def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
+def test_ours_and_theirs_side_by_side(script, scores, run_dir, data_dir, tmp_path):
     ours, folder, output = run_dir / "StoryGPT_best.pt", tmp_path / "theirs", tmp_path / "b.json"
     folder.mkdir()
     write_folder(folder, load_checkpoint(ours))
@@ -47,12 +61,11 @@ def test_ours_and_theirs_side_by_side(script, run_dir, data_dir, tmp_path):
     assert f"experiments/baselines.py --data_dir {data_dir} " in first.output
     assert first.output.strip().endswith(" somebody/else")
 
-    second = script(BASELINES, tmp_path / "plain", *flags, **offline)
-    assert second.code == 0, second.output
+    second = scores(tmp_path / "plain", *flags)
     written = json.loads(output.read_text())
     kept = written["models"]
-    assert set(lines(second.output)) == set(kept) == {*found, str(tmp_path / "plain")}
-    bits = [float(cells[-1].split()[0]) for cells in lines(second.output).values()]
+    assert set(lines(second)) == set(kept) == {*found, str(tmp_path / "plain")}
+    bits = [float(cells[-1].split()[0]) for cells in lines(second).values()]
     assert bits == sorted(bits)
     assert read_earlier(output, written["of"]) == kept
     for others in ({"num_stories": 4}, {"data": "other"}):  # no figures of other stories beside
@@ -101,7 +114,7 @@ def test_a_tokenizer_that_adds_tokens_adds_none_to_a_story(tmp_path):
         open_tokenizer(str(tmp_path / "none"), 512)
 
 
-def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):
+def test_mistakes_are_named(scores, run_dir, data_dir, tmp_path):
     (tmp_path / "empty").mkdir()
     gpt2(300, 64).save_pretrained(tmp_path / "untold")
     (tmp_path / "b.json").write_text("{}")
@@ -113,7 +126,8 @@ def test_mistakes_are_named(fails, run_dir, data_dir, tmp_path):
         ((best, "--output", tmp_path / "b.json"), "is not one that baselines.py wrote"),
         ((best, "--output", tmp_path / "b.txt"), "no .json file"),
     ):
-        fails(BASELINES, *flags, "--data_dir", data_dir, says=says)
+        with pytest.raises(InputError, match=re.escape(says)):
+            scores(*flags, "--data_dir", data_dir)
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,14 @@ def workers_of(launcher: int) -> list[int]:
 def test_killed_worker_comes_back_by_itself(data_dir, single, tmp_path):
     flags = ["train.py", *FLAGS, "--data_dir", data_dir, "--checkpoint_dir", tmp_path]
     process = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", *flags)
-    for steps, worker in ((7, 1), (11, 0)):
-        wait_for_steps(tmp_path, steps)
-        os.kill(workers_of(process.pid)[worker], signal.SIGKILL)
+    killed, reached = [], 1
+    for worker in (1, 0):
+        while len(workers := workers_of(process.pid)) != 2 or {*workers} & {*killed}:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        wait_for_steps(tmp_path, reached + 3)  # of which those workers have made some
+        os.kill(workers[worker], signal.SIGKILL)
+        killed, reached = workers, (tmp_path / "metrics.jsonl").read_bytes().count(b"\n")
     output = finish(process)
     # Three starts; one more where a death is noticed twice, on a machine that is busy elsewhere.
     assert output.count(" parameters on 2 × cpu") in (3, 4)

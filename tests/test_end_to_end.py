@@ -28,15 +28,14 @@ def test_from_text_to_story(tmp_path):
     assert result.stdout.startswith("Once upon a time")
 
 
-def test_one_step_of_the_57m_model_on_real_stories(tinystories, tmp_path):
-    data, run = tmp_path / "data", tmp_path / "checkpoints"
-    folder = ("--data_dir", data)
-    assert python("prepare_data.py", "--dataset", tinystories, *folder).returncode == 0
+def test_one_step_of_the_57m_model_on_real_stories(script, real_data, tmp_path):
     # The reference's shape and recipe; only the batch and the evaluation are small.
-    flags = "--max_steps 1 --warmup_steps 0 --batch_size 2 --eval_windows 2 --device cpu"
-    result = python("train.py", *flags.split(), *folder, "--checkpoint_dir", run)
-    assert result.returncode == 0, result.stderr
-    assert "57,387,520 parameters" in result.stdout
+    flags = "--max_steps 1 --warmup_steps 0 --batch_size 2 --gradient_accumulation_steps 1 "
+    flags += "--eval_windows 2 --device cpu"
+    folders = ("--data_dir", real_data, "--checkpoint_dir", tmp_path / "run")
+    result = script("train.py", *flags.split(), *folders)
+    assert result.code == 0, result.output
+    assert "57,387,520 parameters" in result.output
 
 
 def test_help_is_quick_to_have_and_complete(script):

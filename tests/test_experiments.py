@@ -154,8 +154,8 @@ def test_compare_refuses_spoiled_checkpoints_and_other_data(
 ):
     output = ("--output", tmp_path / "curves.png")
     other = tmp_path / "data"
-    flags = ("--dataset", "builtin", "--vocab_size", 512, "--seed", 5, "--data_dir", other)
-    assert script("prepare_data.py", *flags).code == 0
+    flags = ("--dataset", "builtin", "--max_stories", 400, "--vocab_size", 512, "--num_proc", 1)
+    assert script("prepare_data.py", *flags, "--seed", 5, "--data_dir", other).code == 0
     fails(COMPARE, run_dir, "--data_dir", other, *output, says="is not what")
     result = script(COMPARE, run_dir, "--data_dir", other, data_dir, *output)
     assert result.code == 0, result.output

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import python
 from hub_server import Fault, Hub, Repo
 from story_files import LONG, jsonl, parquet, put, txt
 
@@ -283,7 +282,7 @@ def test_a_name_that_has_moved_is_followed_also_offline(reads, hub):
 # --- Models ---
 
 
-def test_a_model_is_had_at_one_commit_without_what_nobody_reads(hub, tmp_path):
+def test_a_model_is_had_at_one_commit_without_what_nobody_reads(script, hub, tmp_path):
     files = {"config.json": b"{}", "tokenizer.json": b"{}", "notes.md": b"", "a/config.json": b"1"}
     weights = {"model.safetensors": b"new", "pytorch_model.bin": b"old"}
     repo = hub.add("models/you/model", files | weights)
@@ -291,12 +290,10 @@ def test_a_model_is_had_at_one_commit_without_what_nobody_reads(hub, tmp_path):
 
     def download(name: str, **environment) -> tuple[dict[str, bytes], str, str]:
         """The files, the name of their folder, and what was said."""
-        run = f"from storygpt.hub import download_model; print(download_model({name!r}))"
-        environment = os.environ | hub.environment(tmp_path / "hf") | environment
-        done = python("-c", run, env=environment)
-        assert done.returncode == 0, done.stderr
-        folder = Path(done.stdout.strip())
-        return {p.name: p.read_bytes() for p in folder.iterdir()}, folder.name, done.stderr
+        result = script("fetch_model.py", name, **hub.environment(tmp_path / "hf") | environment)
+        assert result.code == 0, result.output
+        folder = Path(result.output.splitlines()[-1])
+        return {p.name: p.read_bytes() for p in folder.iterdir()}, folder.name, result.output
 
     had = {"config.json": b"{}", "tokenizer.json": b"{}"}
     assert download("you/model")[:2] == (had | {"model.safetensors": b"new"}, repo.sha())

@@ -49,9 +49,10 @@ def test_a_run_from_other_weights_killed_before_its_first_save_keeps_them(
     script, fails, data_dir, run_dir, tmp_path
 ):
     flags = [*TINY, "--data_dir", data_dir, "--init_from", run_dir / "StoryGPT_best.pt"]
+    flags += ["--eval_interval", 20]
     run = ["--checkpoint_dir", tmp_path / "run"]
     process = script.start("train.py", *flags, *run, "--save_minutes", 10)
-    wait_for_step(process, tmp_path / "run", 4)
+    wait_for_step(process, tmp_path / "run", 3)
     process.kill()
     process.join()
     bare = ["--resume", "--data_dir", data_dir, *run]

@@ -548,15 +548,13 @@ def test_interrupted_run_leaves_the_old_files(number, script, fails, tmp_path):
     assert "Traceback" not in process.output.read_text()
 
 
-def test_real_tinystories(script, tinystories, tmp_path):
-    result = script("prepare_data.py", "--dataset", tinystories, "--data_dir", tmp_path)
-    assert result.code == 0, result.output
+def test_real_tinystories(tinystories, real_data):
     for split, number in (("train", 3_428_647), ("validation", 117_926)):
         files = sorted((tinystories / "data").glob(f"{split}-*.parquet"))
         stories = [s for f in files for s in pq.read_table(f)["text"].to_pylist()]
         expected = np.array(naive(stories), "<u2")
         assert len(expected) == number
-        assert (tmp_path / f"{split}.bin").read_bytes() == expected.tobytes()
+        assert (real_data / f"{split}.bin").read_bytes() == expected.tobytes()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from matplotlib import image
 from test_experiments import rows_of
 
-from experiments.race import Contender, Run, draw, load_meta
+from experiments import race
+from experiments.race import Contender, Run, draw
 from storygpt.checkpoint import load_model
 
 RACE = "experiments.race.py"  # as the fork server finds it
 SMALL = (
     "--vocab_size 512 --context_length 32 --n_layer 1 --n_head 2 --n_embd 16 --device cpu "
-    "--seconds 1 --learning_rates 0.003"
+    "--seconds 0.1 --learning_rates 0.003"
 ).split()
 
 # Does what nanoGPT's does with its flags and files, with a model of nothing but a table.
@@ -67,6 +69,10 @@ for step in range(int(flags["max_iters"]) + 1):
         torch.save({"model": weights, "model_args": args, "iter_num": step}, out / "ckpt.pt")
     print(f"iter {step}: loss 1.0, time 10.00ms", flush=True)
     time.sleep(0.01)
+    for _ in range(3_000):  # it evaluates for longer than a checkpoint takes to be moved away
+        if not (out / "ckpt.pt").exists():
+            break
+        time.sleep(0.01)
 """
 
 
@@ -79,6 +85,19 @@ def checkout(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def races(monkeypatch, capsys):
+    """races(*flags) is what race.py prints, run in this process; 20 steps tell the speed."""
+    monkeypatch.setattr(race, "FEW_STEPS", 20)
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["race.py", *map(str, (*SMALL, *flags))])
+        race.main()
+        return capsys.readouterr().out
+
+    return run
+
+
 def loss_of(logits, tokens: np.ndarray) -> float:
     """The mean loss of the tokens after an end-of-text, in windows of 32, by definition."""
     stream, nats = torch.tensor([511, *tokens.tolist()]), 0.0
@@ -88,18 +107,16 @@ def loss_of(logits, tokens: np.ndarray) -> float:
     return nats / len(tokens)
 
 
-def test_a_race_scores_ours_and_nanogpt_on_all_that_is_held_out(script, data_dir, checkout):
+def test_a_race_scores_ours_and_nanogpt_on_all_that_is_held_out(races, small, checkout):
     output = checkout.parent / "race"
-    flags = ("--data_dir", data_dir, "--nanogpt", checkout, "--output_dir", output)
-    seeds = ("--seeds", 7, 8)
-    result = script(RACE, *SMALL, "--optimizers", "muon", *seeds, *flags)
-    assert result.code == 0, result.output
-    rows = rows_of(result.output)
+    flags = ("--data_dir", small.folder, "--nanogpt", checkout, "--output_dir", output)
+    flags += ("--optimizers", "muon", "--seeds", 7, 8)
+    rows = rows_of(races(*flags))
     winner = min(rows[:2], key=lambda row: float(row["loss"]))
     assert [row["seed"] for row in rows] == ["7", "1337", *(["8"] if winner is rows[0] else [])]
 
-    tokens = np.fromfile(data_dir / "validation.bin", "<u2")
-    counts = load_meta(data_dir, 512)["splits"]["validation"]
+    tokens = np.fromfile(small.folder / "validation.bin", "<u2")
+    counts = small.meta["splits"]["validation"]
     for row, last in zip(rows, ("StoryGPT, muon*seed 7", "nanoGPT, adamw"), strict=False):
         assert (row["steps"], row["learning rate"]) == ("10", "0.12" if "muon" in last else "0.003")
         (path,) = output.glob(f"{last}*10 kept/StoryGPT_step_000010.pt")
@@ -115,8 +132,8 @@ def test_a_race_scores_ours_and_nanogpt_on_all_that_is_held_out(script, data_dir
     steps = {path.name for path in output.glob("nanoGPT*10 kept/*.pt")}
     assert steps == {f"StoryGPT_step_{step:06}.pt" for step in range(1, 11)}
     assert np.ptp(image.imread(output / "race.png")[..., :3]) > 0.5
-    again = script(RACE, *SMALL, "--optimizers", "muon", *seeds, *flags)  # nothing is left to run
-    assert rows_of(again.output) == rows and " s\n" not in again.output
+    again = races(*flags)  # nothing is left to run
+    assert rows_of(again) == rows and " s\n" not in again
     assert pickle.loads((output / "nanogpt_data" / "meta.pkl").read_bytes()) == {"vocab_size": 512}
 
 

@@ -105,8 +105,8 @@ def test_a_run_killed_before_its_first_save_begins_again_with_its_settings(
     script, flags, data_dir, run_dir, tmp_path
 ):
     """A bare --resume took the defaults: a model of 57M in the place of this one."""
-    process = script.start("train.py", *flags, "--save_minutes", 10)
-    wait_for_step(process, tmp_path / "run", 4)
+    process = script.start("train.py", *flags, "--save_minutes", 10, "--eval_interval", 20)
+    wait_for_step(process, tmp_path / "run", 2)
     process.kill()
     process.join()
     assert load_checkpoint(tmp_path / "run" / LATEST)["step"] == 0

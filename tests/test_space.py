@@ -69,6 +69,15 @@ def space(script, run_dir, data_dir, tmp_path_factory):
             page.process.wait()
 
 
+@pytest.fixture(autouse=True)
+def served(request):
+    """Has the page answer, whatever a test before has made of the server."""
+    if "space" in request.fixturenames:
+        space = request.getfixturevalue("space")
+        if space.process.poll() is not None:
+            space.start()
+
+
 class Page:
     """`python app.py` in a Space's folder."""
 
@@ -683,6 +692,19 @@ class Visitor:
             self.press("\ue004")
         raise AssertionError(f"the keyboard does not reach {selector}")
 
+    def hold_pauses(self) -> None:
+        """Has the page's pauses of a second and more last until `end_pauses`."""
+        held = "(f, ms) => (ms < 1000 ? start(f, ms) : void pauses.push(f))"
+        self.run(f"(window.pauses = [], window.start = setTimeout, window.setTimeout = {held})")
+
+    def end_pauses(self) -> None:
+        self.run("pauses.splice(0).forEach((go) => go())")
+
+    def let_seconds_pass(self, seconds: int) -> None:
+        """By the page's clock."""
+        later = f"((now) => () => now() + {1000 * seconds})(performance.now.bind(performance))"
+        self.run(f"(performance.now = {later})")
+
     def shows_the_chosen(self) -> bool:
         """Whether what is said of a token is said of the one that is chosen."""
         chosen = self.text("#tokens [aria-selected=true]")
@@ -733,7 +755,7 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
         until(lambda: "stopped" in visitor.text("article"))
     assert visitor.text("#status") == "Stopped."
     stopped = visitor.text("article p")
-    time.sleep(1)
+    time.sleep(0.3)  # in which the server tells more than once
     assert visitor.text("article p") == stopped and stopped.startswith(endless)
 
     visitor.set(prompt="The dog ran", temperature=0.8, max_new_tokens=40, seed=7)
@@ -880,47 +902,6 @@ def test_a_reload_loses_nothing(space, browser):
     assert visitor.run("document.querySelector('#prompt').value") == "Not yet told"
 
 
-@pytest.fixture
-def served_again(space):
-    """The page answers to the next test, whatever has become of the server."""
-    yield
-    if space.process.poll() is not None:
-        space.start()
-
-
-def test_waiting_is_shown_and_a_broken_connection_mended(space, browser, served_again):
-    visitor = Visitor(browser, space.url)
-    body = json.dumps({"prompt": "Once", "num_samples": 4, "max_new_tokens": 1000})
-    others = [HTTPConnection("127.0.0.1", space.port, timeout=60) for _ in range(20)]
-    visitor.set(prompt="Tom said", max_new_tokens=1000)
-    with slowed(space.process):
-        for other in others:
-            other.request("POST", "/stories", body, {"content-type": "application/json"})
-        visitor.click("#tell")
-        until(lambda: re.fullmatch(r"You are number \d+ in the queue\.", visitor.text("#status")))
-        for other in others:
-            other.close()
-        until(lambda: visitor.text("#status") == "Telling …")
-    space.process.kill()
-    space.process.wait()
-    until(lambda: "Reconnecting" in visitor.text("#status"))
-    space.start()
-    assert visitor.told(1337) == generated(space.model, "Tom said", max_new_tokens=1000)
-    visitor.set(prompt="She saw", seed=2)
-    space.process.send_signal(signal.SIGSTOP)
-    visitor.click("#tell")
-    until(lambda: "The server is slow" in visitor.text("#status"))
-    space.process.send_signal(signal.SIGCONT)
-    visitor.told(2)
-    space.process.kill()
-    space.process.wait()
-    visitor.set(prompt="A big")
-    visitor.click("#tell")
-    until(lambda: "The server does not answer" in visitor.text("#status"))
-    visitor.click("article button:last-child")
-    until(lambda: "The server does not answer" in visitor.text("#looking"))
-
-
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [320, 1280])
 def test_the_keyboard_reaches_and_uses_everything(space, browser, width, dark):
@@ -1055,3 +1036,40 @@ def channels(color: str) -> list[float]:
 def luminance(color: list[float]) -> float:
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in color]
     return sum(p * w for p, w in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+def test_waiting_is_shown_and_a_broken_connection_mended(space, browser):
+    visitor = Visitor(browser, space.url)
+    body = json.dumps({"prompt": "Once", "num_samples": 4, "max_new_tokens": 1000})
+    others = [HTTPConnection("127.0.0.1", space.port, timeout=60) for _ in range(20)]
+    visitor.set(prompt="Tom said", max_new_tokens=1000)
+    with slowed(space.process):
+        for other in others:
+            other.request("POST", "/stories", body, {"content-type": "application/json"})
+        visitor.click("#tell")
+        until(lambda: re.fullmatch(r"You are number \d+ in the queue\.", visitor.text("#status")))
+        for other in others:
+            other.close()
+        until(lambda: visitor.text("#status") == "Telling …")
+    visitor.hold_pauses()
+    space.process.kill()
+    space.process.wait()
+    until(lambda: "Reconnecting" in visitor.text("#status"))
+    space.start()
+    visitor.end_pauses()
+    assert visitor.told(1337) == generated(space.model, "Tom said", max_new_tokens=1000)
+    visitor.set(prompt="She saw", seed=2)
+    space.process.send_signal(signal.SIGSTOP)
+    visitor.click("#tell")
+    until(lambda: visitor.text("#status") == "Asking …")
+    visitor.let_seconds_pass(4)
+    until(lambda: "The server is slow" in visitor.text("#status"))
+    space.process.send_signal(signal.SIGCONT)
+    visitor.told(2)
+    space.process.kill()
+    space.process.wait()
+    visitor.set(prompt="A big")
+    visitor.click("#tell")
+    until(lambda: visitor.end_pauses() or "The server does not answer" in visitor.text("#status"))
+    visitor.click("article button:last-child")
+    until(lambda: "The server does not answer" in visitor.text("#looking"))

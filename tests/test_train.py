@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics_of, python, wait_for_step
+from conftest import ROOT, TINY, metrics_of, wait_for_step
 from PIL import Image
 
 import train
@@ -288,18 +288,9 @@ def test_what_is_not_finite_is_never_saved(fails, flags, tmp_path):
 
 
 def test_a_run_that_made_no_step_stops_no_other(fails, script, flags, tmp_path):
-    """A limited address space that suffices for set-up, not for so large a batch."""
-    large = [*flags, "--batch_size", "20000", "--gradient_accumulation_steps", "3"]
-    code = (
-        "import resource, runpy, sys, torch\n"
-        "so_far = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (so_far + 3_500_000_000,) * 2)\n"
-        f"sys.argv = ['train.py', *{[str(flag) for flag in large]!r}]\n"
-        "runpy.run_path('train.py', run_name='__main__')\n"
-    )
-    result = python("-c", code)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "--batch_size 10000 --gradient_accumulation_steps 6" in result.stderr
+    large = [*flags, "--batch_size", 20_000, "--gradient_accumulation_steps", 3]
+    less = "--batch_size 10000 --gradient_accumulation_steps 6"
+    fails("little_memory.py", *large, says=less)
     result = script("train.py", *flags, "--resume")  # the corrected command
     assert result.code == 0 and "starting a new run" in result.output, result.output
 
