@@ -257,7 +257,7 @@ def describe_in_worker(beginnings: list[list[int]], vocab_size: int) -> tuple[di
 
 
 def follow_parent() -> None:
-    """Ends this worker when its parent has ended, however that was; leave Ctrl-C to the parent."""
+    """Ends this worker when its parent has ended, however that was; leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:

@@ -36,7 +36,7 @@ def write_split(path: Path, parts: Iterable[np.ndarray], stories: int, num_bytes
 
 
 def install(scratch: Path, data_dir: Path, meta: dict) -> None:
-    """Writes `meta.json` and move it and the finished files of `scratch` into `data_dir`.
+    """Writes `meta.json` and moves it and the finished files of `scratch` into `data_dir`.
 
     Raises InputError where that fails; the old files are there again then.
     """
