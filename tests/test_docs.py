@@ -134,7 +134,7 @@ TOO_LONG = {"experiments/benchmark.py", "experiments/baselines.py", "space/app.p
 # What makes each short, said last: a later flag wins.
 SMALL = {
     "prepare_data.py": "--max_stories 80 --validation_fraction 0.2 --num_proc 1",
-    "train.py": "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 4 --gradient_accumulation_steps 1 "
+    "train.py": "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 8 --gradient_accumulation_steps 1 "
     "--max_steps 2 --warmup_steps 1 --eval_interval 2 --eval_windows 2 --device cpu "
     "--dtype float32",
     "evaluate.py": "--num_stories 2",
