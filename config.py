@@ -282,7 +282,7 @@ def check_training_config(config: TrainingConfig) -> None:
     if config.warmup_steps is not None and config.warmup_steps >= config.max_steps:
         raise InputError(
             f"warmup_steps {config.warmup_steps} leaves nothing of max_steps {config.max_steps}: "
-            f"leave it out, or pass --warmup_steps {config.max_steps // 10}"
+            f"pass --warmup_steps {config.max_steps // 10}"
         )
     if None not in (config.min_lr, config.learning_rate) and config.min_lr > config.learning_rate:
         raise InputError(f"min_lr {config.min_lr} is above learning_rate {config.learning_rate}")

@@ -124,6 +124,10 @@ def label(recipe: list[Run]) -> str:
     return ", ".join(run.name for run in recipe)
 
 
+def shortly(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def spread(values: list[float], form: str) -> str:
     """The mean, and the range where there is one."""
     low, mean, high = (format(v, form) for v in (min(values), np.mean(values), max(values)))
@@ -141,7 +145,7 @@ def table(recipes: list[list[Run]], scales: dict[str, float]) -> str:
     ]
     columns: dict[str, Callable[[list[Run]], str]] = {
         "run": label,
-        **{name: lambda recipe, name=name: str(recipe[0].settings[name]) for name in shown},
+        **{name: lambda recipe, name=name: shortly(recipe[0].settings[name]) for name in shown},
         "parameters": lambda recipe: f"{recipe[0].parameters:,}",
         "machine": lambda recipe: ", ".join(dict.fromkeys(run.machine for run in recipe)),
     }

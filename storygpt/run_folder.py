@@ -55,7 +55,7 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
     if differences:
         raise InputError(
             f"--resume would change the run: {'; '.join(differences)}. "
-            "Leave those flags out, or pass another --checkpoint_dir without --resume"
+            "Leave those flags out, and --preset, or pass another --checkpoint_dir without --resume"
         )
     return True
 

@@ -163,7 +163,8 @@ def load_tokens(
     if counts["tokens"] <= context_length:
         raise InputError(
             f"{path} has {counts['tokens']:,} tokens, too few for one window of context_length "
-            f"{context_length} + 1: prepare more stories, or pass a smaller --context_length"
+            f"{context_length} + 1: prepare more stories, or with a larger "
+            "--validation_fraction, or pass a smaller --context_length"
         )
     tokens = np.memmap(path, dtype="<u2", mode="r")
     if not verify:
