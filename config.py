@@ -109,7 +109,7 @@ class TrainingConfig:
     def filled_in(self, n_embd: int) -> "TrainingConfig":
         """Returns the same recipe with numbers for what is None, for a model of that width.
 
-        Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/RESULTS.md).
+        Muon's 2 / n_embd was fitted at widths of 64, 128 and 256 (experiments/results/earlier.md).
         """
         peak = self.learning_rate
         if peak is None:
