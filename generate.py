@@ -28,6 +28,7 @@ class Arguments:
     """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub: owner/name,
     owner/name@revision or its address."""
     sampling: GenerationSettings = field(default_factory=GenerationSettings)
+    """How the tokens of a story are drawn, and how many at most."""
     num_samples: int = 1
     """Stories to tell, in one batch: those of seed, seed + 1 and so on."""
     device: str = "auto"

@@ -29,13 +29,14 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import get_args
 
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -156,8 +157,8 @@ def nanogpt(arguments: Arguments, score: Callable) -> Contender:
     checkout, data = arguments.nanogpt.resolve(), arguments.output_dir.resolve() / "nanogpt_data"
     data.mkdir(parents=True, exist_ok=True)
     for split, name in (("train", "train.bin"), ("validation", "val.bin")):
-        if not (data / name).exists():
-            (data / name).symlink_to((arguments.data_dir / f"{split}.bin").resolve())
+        (data / name).unlink(missing_ok=True)  # the same data may have moved
+        (data / name).symlink_to((arguments.data_dir / f"{split}.bin").resolve())
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": arguments.gpt.vocab_size}))
 
     # what it could not do there
@@ -210,7 +211,7 @@ def train(
 
     Raises InputError where it fails.
     """
-    name = f"{contender.name}, rate {learning_rate:.2g}, seed {seed}, {steps} steps, {points} kept"
+    name = f"{contender.name}, rate {learning_rate:g}, seed {seed}, {steps} steps, {points} kept"
     folder = arguments.output_dir.resolve() / name
     kept = range(steps // points, steps + 1, steps // points)
     run = Run(
@@ -266,12 +267,30 @@ def open_folder(arguments: Arguments, meta: dict) -> None:
     shared = asdict(arguments.gpt) | {name: getattr(arguments, name) for name in SHARED}
     note = json.dumps(shared | {"data": data_fingerprint(meta)}, indent=1).encode()
     path = arguments.output_dir / "race.json"
-    if not arguments.output_dir.exists():
+    if not any(arguments.output_dir.glob("*")):
         with writing(arguments.output_dir):
-            arguments.output_dir.mkdir(parents=True)
+            arguments.output_dir.mkdir(parents=True, exist_ok=True)
         write_bytes(path, note)
     elif not path.exists() or path.read_bytes() != note:
         raise InputError(f"{arguments.output_dir} holds another race: pass another --output_dir")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises InputError where another process races in the folder: it would lose its runs."""
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"another race is going on in {folder}: wait for it, or pass another --output_dir"
+        ) from error
+    except OSError:
+        pass  # a disk without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def table(runs: list[Run], counts: dict) -> str:
@@ -342,9 +361,11 @@ def main() -> None:
         return loss if math.isfinite(loss) else math.inf
 
     contenders = [our_recipe(arguments, score, optimizer) for optimizer in arguments.optimizers]
-    if arguments.nanogpt:
-        contenders.append(nanogpt(arguments, score))
-    runs, picture = race(arguments, contenders), arguments.output_dir / "race.png"
+    with alone_in(arguments.output_dir):
+        if arguments.nanogpt:
+            contenders.append(nanogpt(arguments, score))
+        runs = race(arguments, contenders)
+    picture = arguments.output_dir / "race.png"
     size = f"{GPT(gpt).num_parameters() / 1e6:.1f}M parameters"
     tokens_per_step = arguments.batch_size * gpt.context_length
     draw(runs, f"{size}, {tokens_per_step:,} tokens a step, on {arguments.device}", picture)

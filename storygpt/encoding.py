@@ -55,7 +55,7 @@ def concatenate(parts: Iterable[Encoded]) -> Encoded:
 
 
 def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
-    """Encodes each story, and put an end-of-text behind it.
+    """Encodes each story, and puts an end-of-text behind it.
 
     Raises InputError for what cannot be encoded.
     """

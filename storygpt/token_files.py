@@ -112,7 +112,7 @@ def load_meta(
     if vocab_size is not None and meta["vocab_size"] != vocab_size:
         own = "pass the --data_dir of the model's own data"
         if by_preset:
-            own = f"run {prepare_command(data_dir, dataset=meta['dataset'], **wanted)}"
+            own += f", run {prepare_command(data_dir, dataset=meta['dataset'], **wanted)}"
         raise InputError(
             f"{data_dir} has a vocabulary of {meta['vocab_size']} where the model has {vocab_size}:"
             f" {own}, or pass --vocab_size {meta['vocab_size']} to train a model for this"

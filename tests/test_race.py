@@ -13,7 +13,7 @@ from matplotlib import image
 from test_experiments import rows_of
 
 from experiments import race
-from experiments.race import Contender, Run, draw
+from experiments.race import Contender, Run, alone_in, draw
 from storygpt.checkpoint import load_model
 
 RACE = "experiments.race.py"  # as the fork server finds it
@@ -132,6 +132,8 @@ def test_a_race_scores_ours_and_nanogpt_on_all_that_is_held_out(races, small, ch
     steps = {path.name for path in output.glob("nanoGPT*10 kept/*.pt")}
     assert steps == {f"StoryGPT_step_{step:06}.pt" for step in range(1, 11)}
     assert np.ptp(image.imread(output / "race.png")[..., :3]) > 0.5
+    (output / "nanogpt_data" / "train.bin").unlink()
+    (output / "nanogpt_data" / "train.bin").symlink_to(output / "where it was")
     again = races(*flags)  # nothing is left to run
     assert rows_of(again) == rows and " s\n" not in again
     assert pickle.loads((output / "nanogpt_data" / "meta.pkl").read_bytes()) == {"vocab_size": 512}
@@ -160,6 +162,9 @@ def test_a_race_says_what_is_wrong(fails, data_dir, checkout, tmp_path):
     fails(RACE, *flags, "--vocab_size", 600, says="vocabulary of 512")
     fails(RACE, *flags, "--nanogpt", tmp_path, says="is no checkout of nanoGPT: it has no train.py")
     assert not (tmp_path / "race").exists()
+    (tmp_path / "race").mkdir()  # an empty folder is nobody's
     theirs = ("--optimizers", "--nanogpt", checkout, "--learning_rates", 2)
     fails(RACE, *flags, *theirs, says="ended with 1: ValueError: that is too much")
     fails(RACE, *flags, "--batch_size", 4, says="holds another race")
+    with alone_in(tmp_path / "race"):  # whose runs another would take for interrupted ones
+        fails(RACE, *flags, *theirs, says="another race is going on")
