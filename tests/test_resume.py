@@ -133,6 +133,7 @@ def stop_in_a_save(process, folder, left: set[Path]) -> None:
             assert process.is_alive(), process.output.read_text()
         os.kill(process.pid, signal.SIGSTOP)
         while not is_stopped(process.pid):
+            assert process.is_alive(), process.output.read_text()
             time.sleep(0.001)
         if half_written(folder) - left:
             return
