@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import GenerationSettings, GPTConfig, InputError, TrainingConfig
-from storygpt.files import refuse_pointers
+from storygpt.files import BEST, refuse_pointers
 from storygpt.record import from_dict, record_of, weights_sha256
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
@@ -46,8 +46,10 @@ def reading_weights(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError as error:
+        best = path.parent / BEST  # a run's folder
+        mend = best if best.exists() else "another checkpoint"
         raise InputError(
-            f"{path.parent} is no model: it has no {path.name}; pass another checkpoint"
+            f"{path.parent} is no model: it has no {path.name}; pass {mend}"
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -902,6 +902,11 @@ def test_foreign_and_damaged_folders_are_refused_in_one_sentence(folders, tmp_pa
             load_model(tmp_path)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / BEST).touch()
+    with pytest.raises(InputError, match=f"no config.json; pass .*{BEST}"):
+        load_model(tmp_path / "run")
+
 
 def test_hub_models_that_cannot_be_had_are_named(script, fails, folders, hub, tmp_path):
     hub.add("models/you/Secret", files_of(folders[1][1]), private=True)
