@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from config import InputError, PresetName, check_whole, preset
 from storygpt.cli import one_line, parse_flags, progress_bar, run
 from storygpt.encoding import NO_STORIES, Encoded, concatenate, encode_stories, opening_of
-from storygpt.files import writing
+from storygpt.files import take_lock, writing
 from storygpt.sources import Stories, list_left_out, open_stories
 from storygpt.token_files import SPLITS, install, write_split
 from storygpt.tokenizer import check_vocab_size, load_tokenizer
@@ -421,20 +421,15 @@ def find_openings(
 def scratch_folder(data_dir: Path) -> Iterator[Path]:
     """Yields an empty folder in `data_dir`, which goes in the end.
 
-    Raises InputError where another process is at work in it. The lock ends with its process; on a
-    disk without locks nobody is seen.
+    Raises InputError where another process is at work in it; on a disk without locks nobody is
+    seen.
     """
     scratch = data_dir / ".prepare"
     scratch.mkdir(parents=True, exist_ok=True)
     lock = FileLock(scratch / "lock", fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
-        ) from error
-    except OSError:
-        pass
+    with suppress(OSError):
+        busy = f"another process is writing to {data_dir}: wait for it, or pass another --data_dir"
+        take_lock(lock, busy)
     try:
         for leftover in scratch.glob("*.*"):  # of a run that was killed
             leftover.unlink()

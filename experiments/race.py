@@ -36,7 +36,7 @@ from typing import get_args
 
 import torch
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -45,7 +45,7 @@ from config import GPTConfig, InputError, OptimizerName, TrainingConfig, check_w
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.device import use_device
-from storygpt.files import save_figure, step_name, write_bytes, writing
+from storygpt.files import save_figure, step_name, take_lock, write_bytes, writing
 from storygpt.losses import exact_loss
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta, load_tokens
 
@@ -279,14 +279,9 @@ def open_folder(arguments: Arguments, meta: dict) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Raises InputError where another process races in the folder: it would lose its runs."""
     lock = FileLock(folder / ".lock", fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"another race is going on in {folder}: wait for it, or pass another --output_dir"
-        ) from error
-    except OSError:
-        pass  # a disk without locks
+    with contextlib.suppress(OSError):  # a disk without locks
+        busy = f"another race is going on in {folder}: wait for it, or pass another --output_dir"
+        take_lock(lock, busy)
     try:
         yield
     finally:

@@ -54,6 +54,20 @@ def writing(path: Path, mend: str = "") -> Iterator[None]:
         raise cannot_write(path, error, mend) from error
 
 
+def take_lock(lock, taken: str) -> None:
+    """Takes a `filelock.FileLock`, which ends with this process, however that ends.
+
+    Raises InputError, which says `taken`, where another process has it, and OSError on a disk
+    without locks.
+    """
+    from filelock import Timeout  # where a lock is, it is imported; who only reads need not wait
+
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(taken) from error
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Lets `write` fill a temporary file, then renames it to `path`: no reader sees half a file.
 

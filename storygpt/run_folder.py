@@ -12,14 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
 from config import MAY_CHANGE, GPTConfig, InputError, TrainingConfig
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
 from storygpt.cli import warn
 from storygpt.device import beside_training, has_room
-from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, writing
+from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, take_lock, writing
 from storygpt.metrics import append_metrics, read_metrics
 from storygpt.record import origin_of
 from storygpt.state import check_resumable
@@ -92,7 +92,7 @@ class RunFolder:
 
     def __init__(self, directory: Path):
         self.directory, self.metrics = directory, directory / METRICS
-        # Ends with its process, however that ends: a lock that is a file's existence would not.
+        # Not soft: a lock that is a file's existence would outlive a process that was killed.
         self.guard = FileLock(directory / ".lock", fallback_to_soft=False)
         self.made = [p for p in (directory, *directory.parents) if not p.exists()]
         self.writer = ThreadPoolExecutor(1)
@@ -119,12 +119,11 @@ class RunFolder:
         with writing(self.directory, "pass another --checkpoint_dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
             try:
-                self.guard.acquire(blocking=False)
-            except Timeout as error:
-                raise InputError(
+                take_lock(
+                    self.guard,
                     f"another process is training in {self.directory}: wait for it, or pass "
-                    "another --checkpoint_dir"
-                ) from error
+                    "another --checkpoint_dir",
+                )
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
