@@ -108,7 +108,7 @@ def prepare(arguments: Arguments) -> None:
             seed=arguments.seed,
         )
         with (
-            writing(data_dir, "free some space or pass another --data_dir"),
+            writing(data_dir, "pass another --data_dir"),
             scratch_folder(data_dir) as scratch,
         ):
             read, empty, distinct = encode_splits(source, scratch, pool, arguments)

@@ -268,7 +268,7 @@ def open_folder(arguments: Arguments, meta: dict) -> None:
     note = json.dumps(shared | {"data": data_fingerprint(meta)}, indent=1).encode()
     path = arguments.output_dir / "race.json"
     if not any(arguments.output_dir.glob("*")):
-        with writing(arguments.output_dir):
+        with writing(arguments.output_dir, "pass another --output_dir"):
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
         write_bytes(path, note)
     elif not path.exists() or path.read_bytes() != note:

@@ -16,6 +16,7 @@ BEST, FINAL, LATEST = (f"StoryGPT_{name}.pt" for name in ("best", "final", "late
 METRICS, PLOT = "metrics.jsonl", "loss_plot.png"
 EVALUATION = "evaluation.json"  # where the model card looks for what evaluate.py measured
 META = "meta.json"  # of a data folder
+ELSEWHERE = "pass another folder"
 
 
 def step_name(step: int) -> str:
@@ -23,35 +24,37 @@ def step_name(step: int) -> str:
     return f"StoryGPT_step_{step:06}.pt"
 
 
-def remedy(error: OSError) -> str:
-    """Says what mends an error of writing a file."""
+def remedy(error: OSError, or_else: str) -> str:
+    """Says what mends an error of writing a file, and last what to do instead."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return "free some space"
+            mend = "free some space"
         case errno.EFBIG:
-            return "allow larger files (`ulimit -f`), or pass another folder"
+            mend = "allow larger files (`ulimit -f`)"
         case errno.EACCES | errno.EPERM:
-            return "allow writing there, close what has it open, or pass another folder"
+            mend = "allow writing there, close what has it open"
         case errno.ENOENT | errno.EIO | errno.ENOTCONN | errno.ENODEV | errno.ESTALE:
-            return "see that its folder and its disk are still there"
-    return "pass another folder"
+            mend = "see that its folder and its disk are still there"
+        case _:
+            return or_else
+    return f"{mend}, or {or_else}"
 
 
-def cannot_write(path: Path, error: OSError, mend: str = "", kept: bool = False) -> InputError:
+def cannot_write(path: Path, error: OSError, or_else: str, kept: bool = False) -> InputError:
     """Says that `path` could not be written and what mends that; `kept`: the file before it is."""
     reason = f"{path} cannot be written ({error.strerror or error})"
     if kept:
         reason += ", and the one before it is kept"
-    return InputError(f"{reason}: {mend or remedy(error)}")
+    return InputError(f"{reason}: {remedy(error, or_else)}")
 
 
 @contextmanager
-def writing(path: Path, mend: str = "") -> Iterator[None]:
+def writing(path: Path, or_else: str = ELSEWHERE) -> Iterator[None]:
     """Raises InputError where `path` could not be written, with what mends that."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error, mend) from error
+        raise cannot_write(path, error, or_else) from error
 
 
 def take_lock(lock, taken: str) -> None:
@@ -91,7 +94,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         while not isinstance(first, OSError) and first.__context__:
             first = first.__context__  # torch.save ends in an error of its own about it
         if isinstance(first, OSError):
-            raise cannot_write(path, first, kept=os.path.exists(path)) from error
+            raise cannot_write(path, first, ELSEWHERE, kept=os.path.exists(path)) from error
         raise
     if os.name == "posix":  # the rename itself survives a power cut only once the folder is synced
         with suppress(OSError):  # not every file system can do that
@@ -128,3 +131,5 @@ def refuse_pointers(paths: list[Path]) -> None:
             raise InputError(
                 f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
             )
+        if start.lstrip().lower().startswith(b"<!doctype html"):
+            raise InputError(f"{path} is a web page, not the file: download the file itself")

@@ -1,5 +1,6 @@
 """The Hugging Face Hub: all that is said to it, and what it means when it refuses."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from config import InputError
 from storygpt.cli import one_line, shorten
+from storygpt.files import remedy
 
 # What an answer means, and what mends it.
 REFUSALS = {
@@ -38,13 +40,13 @@ OLDER_MODEL_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 class Repo(NamedTuple):
-    """A repo's files at one commit; where the Hub did not answer, `offline` says why, and the
-    files are those of the cache."""
+    """A repo's files at one commit, with their bytes; where the Hub did not answer, `offline` says
+    why, and the files are those of the cache."""
 
     name: str
     kind: Literal["dataset", "model"]
     commit: str
-    files: list[str]
+    files: dict[str, int]
     offline: str = ""
 
 
@@ -96,10 +98,12 @@ def explain(error: Exception) -> str:
         return f"(HF_ENDPOINT is {constants.ENDPOINT}): begin it with https://"
     if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError):
         return f"({name}): check the network and run the same command again"
-    if isinstance(error, errors.CachedRepoTreeNotFoundError) or getattr(error, "errno", None):
-        place = getattr(error, "filename", None) or constants.HF_HUB_CACHE
-        reason = getattr(error, "strerror", None) or "it cannot be written"
-        return f"({reason}: {place}): free some space, or set HF_HOME to a folder elsewhere"
+    if isinstance(error, errors.CachedRepoTreeNotFoundError):  # the client did not say why
+        error = OSError(errno.ENOSPC, "it cannot be written")
+    if getattr(error, "errno", None):
+        place = error.filename or constants.HF_HUB_CACHE
+        elsewhere = "set HF_HOME to a folder elsewhere"
+        return f"({error.strerror}: {place}): {remedy(error, elsewhere)}"
     return f"({name}): {one_line(error)}"
 
 
@@ -195,7 +199,7 @@ def list_files(name: str, kind: str, revision: str | None, offline: bool) -> Rep
     if said not in (None, commit):  # where its own question fails, it takes the cache's commit
         raise HTTPError(f"{name} is being changed")
     tree = get_cached_repo_tree(name, repo_type=kind, revision=commit)
-    return Repo(name, kind, commit, files=sorted(file.path for file in tree))
+    return Repo(name, kind, commit, files={file.path: file.size for file in tree})
 
 
 def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None = None) -> Repo:
@@ -245,7 +249,10 @@ def fetch(repo: Repo, file: str) -> Path:
         local_files_only=bool(repo.offline),
     )
     try:
-        return Path(retry(download))
+        path = Path(retry(download))
+        if path.stat().st_size != repo.files[file]:  # cut short when a machine or its disk failed
+            path = Path(retry(partial(download, force_download=True)))
+        return path
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         where = f"{repo.name}/{file} of commit {repo.commit}"
         if repo.offline:

@@ -46,6 +46,16 @@ class NoColumn(InputError):
         )
 
 
+def place_of(name: str, names: list[str], missing: NoColumn) -> int:
+    """Returns where a column is among a table's. Raises InputError where there are two of it, and
+    `missing` where it is not there."""
+    if name not in names:
+        raise missing
+    if names.count(name) > 1:
+        raise InputError(f"it has two columns {name!r}: rename one")
+    return names.index(name)
+
+
 @contextmanager
 def reading(where) -> Iterator[None]:
     """Says in one sentence what is wrong with the file `where`, whatever library finds it."""
@@ -319,17 +329,16 @@ def table_stories(path: Path, column: str) -> Iterator[str]:
     separator, rows_of = ("\t", tsv_rows) if kind_of(path.name) == ".tsv" else (",", csv_rows)
     with open_text(path) as file:
         first = file.readline()
+        if not first:
+            return
         other = likely_separator(first, column, separator)
         if other != separator:
             raise InputError(
                 f"it has {other!r} between its fields: save it with {separator!r} there"
             )
         rows = rows_of(chain([first], file))
-        _, header = next(rows, (0, []))
-        if first and column not in header:
-            raise NoColumn("it", column, header)
-        if header.count(column) > 1:
-            raise InputError(f"it has two columns {column!r}: rename one")
+        _, header = next(rows)
+        place = place_of(column, header, NoColumn("it", column, header))
         for line, row in rows:
             if row and len(row) != len(header):
                 raise InputError(
@@ -337,26 +346,23 @@ def table_stories(path: Path, column: str) -> Iterator[str]:
                     "field with a separator or a line break needs quotation marks, and a .csv"
                 )
             if row:
-                yield row[header.index(column)]
+                yield row[place]
 
 
-def arrow_stories(
-    tables: Iterable, column: str, columns: list[str] | None = None
-) -> Iterator[str | None]:
-    """Yields the texts of Arrow tables or record batches, with all their `columns` or some of them.
+def arrow_stories(tables: Iterable, column: str, columns: list[str]) -> Iterator[str | None]:
+    """Yields the texts of Arrow tables or record batches, with some of the `columns` or all.
 
     Raises InputError for a column of no text.
     """
     import pyarrow as pa
     from pyarrow import compute
 
-    number = 0
+    number, missing = 0, NoColumn("it", column, columns)
     for table in tables:
         values = table.to_struct_array()
         for field in [column] if column in table.schema.names else column.split("."):
-            if not pa.types.is_struct(values.type) or field not in values.type.names:
-                raise NoColumn("it", column, columns or table.schema.names)
-            values = compute.struct_field(values, field)
+            names = values.type.names if pa.types.is_struct(values.type) else []
+            values = compute.struct_field(values, place_of(field, names, missing))
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         text_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
         if any(is_text(kind) for is_text in text_types):
@@ -392,6 +398,7 @@ def count_rows(paths: list[Path]) -> int | None:
         return None
     from pyarrow import parquet
 
+    refuse_pointers(paths)
     total = 0
     for path in paths:
         with reading(path):

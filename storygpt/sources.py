@@ -217,7 +217,7 @@ def open_saved(files: Files, text_column: str) -> Stories:
     def stories(name: str) -> Iterator[str | None]:
         with reading(f"{files.place}, split {name}"):
             tables = parts[name].with_format("arrow").iter(TABLE_ROWS)
-            yield from arrow_stories(tables, text_column)
+            yield from arrow_stories(tables, text_column, parts[name].column_names)
 
     return Stories(
         {split: chain.from_iterable(map(stories, names)) for split, names in splits.items()},

@@ -80,9 +80,15 @@ def is_meta(meta) -> bool:
         return False
 
 
-def prepare_command(data_dir: Path, **flags) -> str:
-    """Returns in backticks the command that prepares `data_dir`."""
-    return f"`{command_line('prepare_data.py', data_dir=data_dir, **flags)}`"
+def prepare_command(data_dir: Path, meta: dict | None = None, **flags) -> str:
+    """Returns in backticks the command that prepares `data_dir`, from the data that a meta.json
+    names."""
+    meta = meta or {}
+    known = {name: meta.get(name) for name in ("dataset", "subset", "revision")}
+    known = {name: value for name, value in known.items() if value}
+    if meta.get("deduplicated"):
+        known["deduplicate"] = True
+    return f"`{command_line('prepare_data.py', data_dir=data_dir, **known, **flags)}`"
 
 
 def load_meta(
@@ -112,7 +118,7 @@ def load_meta(
     if vocab_size is not None and meta["vocab_size"] != vocab_size:
         own = "pass the --data_dir of the model's own data"
         if by_preset:
-            own += f", run {prepare_command(data_dir, dataset=meta['dataset'], **wanted)}"
+            own += f", run {prepare_command(data_dir, meta, **wanted)}"
         raise InputError(
             f"{data_dir} has a vocabulary of {meta['vocab_size']} where the model has {vocab_size}:"
             f" {own}, or pass --vocab_size {meta['vocab_size']} to train a model for this"
@@ -150,8 +156,7 @@ def load_tokens(
     the split is shorter than one window of context_length + 1.
     """
     path, counts = Path(data_dir) / f"{split}.bin", meta["splits"][split]
-    known = {"dataset": meta["dataset"], "vocab_size": meta["vocab_size"]}
-    again = f"run {prepare_command(data_dir, **known)} again"
+    again = f"run {prepare_command(data_dir, meta, vocab_size=meta['vocab_size'])} again"
     try:
         size = path.stat().st_size
     except FileNotFoundError as error:

@@ -2,6 +2,7 @@ import errno
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import new_checkpoint
 from config import InputError
 from storygpt import files
 from storygpt.checkpoint import load_checkpoint, save_checkpoint
-from storygpt.files import write_atomically
+from storygpt.files import write_atomically, writing
 
 
 def test_a_disk_that_syncs_no_folders_and_sets_no_modes_gets_its_file(tmp_path, monkeypatch):
@@ -104,6 +105,23 @@ def test_files_are_as_open_to_others_as_the_users_other_files(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.pt").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [
+        (errno.ENOSPC, "free some space, or pass another --data_dir"),
+        (errno.EFBIG, "allow larger files (`ulimit -f`), or pass another --data_dir"),
+        (errno.EACCES, "close what has it open, or pass another --data_dir"),
+        (errno.ESTALE, "its disk are still there, or pass another --data_dir"),
+        (errno.EROFS, "(Read-only file system): pass another --data_dir"),
+    ],
+)
+def test_the_remedy_is_that_of_the_error_and_names_the_flag(number, mend):
+    with pytest.raises(InputError) as error, writing(Path("data"), "pass another --data_dir"):
+        raise OSError(number, os.strerror(number))
+    assert str(error.value).startswith("data cannot be written (")
+    assert str(error.value).endswith(mend)
 
 
 def test_a_drive_that_is_gone_is_one_sentence(tmp_path, monkeypatch):

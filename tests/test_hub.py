@@ -173,6 +173,18 @@ def test_a_stream_that_keeps_breaking_is_said_and_comes_to_its_end(reads, hub):
     assert found.output.count("Trying to resume download") == 4
 
 
+def test_a_file_that_the_cache_holds_cut_short_is_fetched_again(reads, hub, tmp_path):
+    """A machine that went down, or a disk that filled, can leave part of a file there."""
+    hub.add(f"datasets/{NAME}", {"README.md": b"", "a.jsonl": jsonl(LONG).encode()})
+    reads()
+    (path,) = (tmp_path / "hf").rglob("a.jsonl")
+    path.write_bytes(jsonl(LONG[:4]).encode())  # whole lines: a reader would notice nothing
+    assert "the cache does not have you/stories/a.jsonl" in reads(HF_HUB_OFFLINE="1")["error"]
+    found = reads()
+    assert found["splits"] == {"train": LONG} and path.read_bytes() == jsonl(LONG).encode()
+    assert reads(HF_HUB_OFFLINE="1")["splits"] == {"train": LONG}
+
+
 # --- The same rules as for a folder ---
 
 KINDS = {
@@ -348,6 +360,7 @@ def test_a_cache_that_cannot_be_written_is_named(reads, hub, tmp_path):
     hub.add(f"datasets/{NAME}", FILES)
     (tmp_path / "a file").write_text("")
     error = reads(cache="a file/hf")["error"]
+    assert "free some space" not in error
     assert "set HF_HOME to a folder elsewhere" in error and str(tmp_path / "a file") in error
     hub.add(f"datasets/{NAME}", {k: v for k, v in FILES.items() if k != "README.md"})
     assert "set HF_HOME to a folder elsewhere" in reads(cache="a file/hf")["error"]

@@ -88,6 +88,14 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
     assert read(tmp_path / "pq") == {"train": LONG}
 
 
+def arrow_file(table: pa.Table) -> bytes:
+    pq.write_table(table, buffer := pa.BufferOutputStream())
+    return buffer.getvalue().to_pybytes()
+
+
+TWO_COLUMNS = arrow_file(pa.Table.from_arrays([pa.array(["A."]), pa.array([1])], ["text", "text"]))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
@@ -128,6 +136,8 @@ def test_other_columns_may_change_type_appear_and_vanish(tmp_path):
         ("a.parquet", parquet([None] * 250 + [3]), "row 251: column 'text' holds int64, not text"),
         ("a.parquet", parquet([b"A"]), "row 1: column 'text' holds binary, not text"),
         ("a.parquet", b"PAR1 but no more", "cannot read"),
+        ("a.parquet", TWO_COLUMNS, "it has two columns 'text': rename one"),
+        ("a.txt", "\n<!DOCTYPE html>\n<html>", "is a web page, not the file"),
     ],
 )
 def test_values_that_are_no_text_are_named_with_file_and_row(name, data, says, tmp_path):

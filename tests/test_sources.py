@@ -60,6 +60,8 @@ def test_a_clone_without_large_files(tmp_path):
     put(tmp_path, {"TinyStories-train.txt": POINTER, "TinyStories-valid.txt": POINTER})
     refused(tmp_path, "Git LFS pointer", "`git lfs pull`")
     refused(tmp_path / "TinyStories-train.txt", "`git lfs pull`")
+    put(tmp_path, {"data/train-00000-of-00002.parquet": POINTER})
+    refused(tmp_path, "Git LFS pointer", "`git lfs pull`")
     put(tmp_path, {"data/train-00000-of-00002.parquet": parquet(LONG[:4])})
     put(tmp_path, {"data/train-00001-of-00002.parquet": parquet(LONG[4:8])})
     put(tmp_path, {"data/validation-00000-of-00001.parquet": parquet(LONG[8:])})

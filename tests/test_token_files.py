@@ -85,6 +85,18 @@ def test_damage_is_named(damage, says, data_dir, tmp_path):
     assert (command[4:6] == ["--dataset", "sample"]) == (says not in NO_META)
 
 
+def test_the_command_that_prepares_anew_is_of_the_same_data(tmp_path):
+    meta = small_data(tmp_path, np.array([1, 2, 299], "<u2"))
+    meta |= {"dataset": "you/tales", "subset": "fr", "revision": "1f" * 20, "deduplicated": True}
+    (tmp_path / "train.bin").unlink()
+    same = f"--dataset you/tales --subset fr --revision {'1f' * 20} --deduplicate"
+    with pytest.raises(InputError, match=rf"--data_dir \S+ {same} --vocab_size 300` again"):
+        load_tokens(tmp_path, "train", meta, 1)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=f"{same} --preset 10m`, or"):
+        load_meta(tmp_path, 8192, "10m")
+
+
 def test_ids_and_models_of_another_vocabulary_are_named(data_dir, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data_dir, folder)
