@@ -234,8 +234,11 @@ def summarize(
     )
     for note in source.notes:
         print(f"note: {note}")
-    if "validation" in source.splits and counts["validation"]["stories"] == 1:
-        print("note: validation is a single story: its loss will say little")
+    if "validation" in source.splits:
+        if counts["train"]["stories"] == 1:
+            print("note: train is a single story: put <|endoftext|> between stories")
+        if counts["validation"]["stories"] == 1:
+            print("note: validation is a single story: its loss will say little")
     if source.left_out:
         print(f"not read: {list_left_out(source.left_out)}")
     print(
@@ -432,7 +435,8 @@ def scratch_folder(data_dir: Path) -> Iterator[Path]:
         take_lock(lock, busy)
     try:
         for leftover in scratch.glob("*.*"):  # of a run that was killed
-            leftover.unlink()
+            with suppress(OSError):  # a network drive keeps what somebody still reads
+                leftover.unlink()
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # first, or it would be another's by then

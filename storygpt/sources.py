@@ -36,13 +36,19 @@ HIDDEN, ANOTHER_NAME = "hidden", "another name of what is read"
 LEFT_OUT_TEST = "test, as there is validation"
 LEFT_OUT_TEXTS = ".txt beside structured files"
 FEW_OF_MANY = 20  # a file in so many, or more, may be called "dev" or "test" for another reason
-SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation", "dev", "eval"), "validation"
-)
-# numbers of shards and versions, at either end of a name without its endings
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+# numbers of shards, versions and copies, at either end of a name without its endings
 SHARD = re.compile(
-    r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\d+([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{16})?)?)+$"
+    r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d+"
+    r"([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{16})?)?)+$"
 )
+OF_SHARDS = re.compile(r"(\d+)[-_. ]of[-_. ](\d+)([-_. ][0-9a-f]{16})?")
+# a file of the branch where the Hub keeps data sets as parquet: SUBSET/SPLIT/0000.parquet
+CONVERTED = re.compile(r"[^/]+/[^/]+/\d{4}\.parquet")
 NOTES = re.compile(
     r"(readme|licen[cs]e|requirements|changelog|copying)s?([-_. ].*)?|changes|copyright|notice|"
     r"authors|contribut(ors|ing)|citation"
@@ -94,6 +100,8 @@ def open_stories(
     path = Path(dataset)
     if not dataset:
         raise InputError("--dataset is empty: pass a path, owner/name, or --dataset builtin")
+    if "" in (subset, revision):  # of a shell's variable that is not set
+        raise InputError("--subset or --revision is empty: leave it out, or pass a name")
     if dataset in BUILTIN and path.exists():
         raise InputError(
             f"{dataset} is the built-in stories, and something here is called so, too: pass "
@@ -135,9 +143,10 @@ def open_repo(name: str, revision: str | None, subset: str | None, text_column: 
         left_out=defaultdict(list),
         commit=repo.commit,
     )
-    if revision == hub.PARQUET:  # where the Hub makes a folder of each subset
-        folders = sorted({file.split("/")[0] for file in repo.files if "/" in file})
-        configs = {folder: {"data_dir": folder} for folder in folders}
+    data = [file for file in files.names if not is_hidden(file)]
+    if revision == hub.PARQUET or (revision and all(map(CONVERTED.fullmatch, data))):
+        folders = {file.split("/")[0] for file in data if "/" in file}
+        configs = {folder: {"data_dir": folder} for folder in sorted(folders)}
     else:
         configs = read_configs(files)
     return open_files(files, configs, subset=subset, text_column=text_column)
@@ -152,7 +161,8 @@ def open_files(
     if files.commit and script in files.names and not configs:
         remedy = hub.other_form(files.place)
         raise InputError(f"{files.place} is for a script of its own to read, {script}: {remedy}")
-    if "dataset_dict.json" in files.names or {"dataset_info.json", "state.json"} <= {*files.names}:
+    saved = {"dataset_dict.json"}, {"dataset_info.json", "state.json"}
+    if not subset and any(names <= {*files.names} for names in saved):
         return open_saved(files, text_column)
     if configs or subset:
         found = find_declared(files, configs, subset)
@@ -164,9 +174,9 @@ def open_files(
         raise InputError(f"{files.place} holds no stories ({reason}): {remedy}")
     splits, left_out[LEFT_OUT_TEST] = choose_splits(files.place, found)
     names = [name for split in splits.values() for name in split]
-    held_out, notes = splits.get("validation", []), []
+    held_out, notes = splits.get("validation", []), missing_shards(names)
     if 0 < FEW_OF_MANY * len(held_out) <= len(names) and not configs:
-        notes = [f"validation is {', '.join(held_out)}, by its name, of {len(names):,} files"]
+        notes += [f"validation is {', '.join(held_out)}, by its name, of {len(names):,} files"]
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
         splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
@@ -304,15 +314,13 @@ def walk_order(name: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, file)]
 
 
-def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
-    """Returns the data files below a folder by split, as their names say it."""
-    taken, found, everything = {}, defaultdict(list), {*names, *left_out[ANOTHER_NAME]}
+def find_data(names: list[str], left_out: Found) -> dict[str, str]:
+    """Returns the kinds of the data files among `names`, by name; all else goes to `left_out`."""
+    taken, everything = {}, {*names, *left_out[ANOTHER_NAME]}
     for name in names:
         path, kind = PurePosixPath(name), kind_of(name)
         stem = path.name.lower().partition(kind)[0] if kind else path.stem.lower()
-        if not path.is_relative_to(below):
-            left_out[f"outside of {below}"].append(name)
-        elif is_hidden(name):
+        if is_hidden(name):
             left_out[HIDDEN].append(name)
         elif NOTES.fullmatch(stem) or SETTINGS.fullmatch(path.name.lower()):
             left_out["notes by their name"].append(name)
@@ -325,7 +333,16 @@ def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
     if {*taken.values()} - {".txt"}:
         left_out[LEFT_OUT_TEXTS] += [name for name, kind in taken.items() if kind == ".txt"]
         taken = {name: kind for name, kind in taken.items() if kind != ".txt"}
-    for name, kind in taken.items():
+    return taken
+
+
+def find_files(names: list[str], left_out: Found, below: str = "") -> Found:
+    """Returns the data files below a folder by split, as their names say it."""
+    found, inside, outside = defaultdict(list), [], left_out[f"outside of {below}"]
+    for name in names:
+        is_inside = PurePosixPath(name).is_relative_to(below)
+        (inside if is_inside else outside).append(name)
+    for name, kind in find_data(inside, left_out).items():
         *folders, file = PurePosixPath(name).relative_to(below).parts
         found[split_of(file[: file.lower().rindex(kind)], folders)].append(name)
     return found
@@ -340,13 +357,13 @@ def read_configs(files: Files) -> dict[str, dict]:
     path = files.get("README.md")
     try:
         head = metadata_load(path) or {}
-    except Exception:  # no YAML at its head: it is just a README
-        return {}
-    try:
         configs = {str(config["config_name"]): config for config in head.get("configs") or []}
-        return {n: c for n, c in configs.items() if "data_files" in c or "data_dir" in c}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(UNKNOWN_README.format(files.place)) from error
+        declared = any("data_files" in c or "data_dir" in c for c in configs.values())
+    except Exception as error:  # no YAML, or another's: without the word it is just a README
+        if re.search(rb"^configs:", path.read_bytes(), re.MULTILINE):
+            raise InputError(UNKNOWN_README.format(files.place)) from error
+        return {}
+    return configs if declared else {}
 
 
 def match_files(names: list[str], pattern: str) -> list[str]:
@@ -362,19 +379,32 @@ def match_files(names: list[str], pattern: str) -> list[str]:
     return [name for name in names if matches(name) and name != "README.md"]
 
 
+def missing_shards(names: list[str]) -> list[str]:
+    """Says of which files some are missing, by the numbers in their names: 00001-of-00003."""
+    shards = defaultdict(set)
+    for name in names:
+        if found := OF_SHARDS.search(name):
+            shards[name[: found.start()], int(found[2])].add(int(found[1]))
+    return [
+        f"{first}* lacks {number - len(have):,} of its {number:,} files"
+        for (first, number), have in shards.items()
+        if len(have) < number
+    ]
+
+
 def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]]:
     """Yields (split, its files) as a subset of the README.md declares them."""
-    declared = config["data_files"]
+    declared, folder = config["data_files"], config.get("data_dir") or ""
     if isinstance(declared, dict):
         declared = [{"split": split, "path": path} for split, path in declared.items()]
     elif isinstance(declared, str) or isinstance(declared[0], str):
         declared = [{"split": "train", "path": declared}]
     for part in declared:
         for path in [part["path"]] if isinstance(part["path"], str) else part["path"]:
-            names = match_files(files.names, posixpath.join(config.get("data_dir", ""), path))
-            if not names:
+            matches = match_files(files.names, posixpath.join(folder, path))
+            if not matches:
                 raise InputError(f"{files.place}/README.md declares {path}: there is no such file")
-            yield split_of(part["split"]), names
+            yield split_of(part["split"]), [*find_data(matches, defaultdict(list))] or matches
 
 
 def find_declared(files: Files, configs: dict[str, dict], subset: str | None) -> Found:
@@ -388,8 +418,8 @@ def find_declared(files: Files, configs: dict[str, dict], subset: str | None) ->
         raise InputError(f"{files.place} has {listed}")
     config, found, readme = configs[name], defaultdict(list), f"{files.place}/README.md"
     try:
-        if "data_files" not in config:
-            below = posixpath.normpath(config["data_dir"])
+        if config.get("data_files") is None:
+            below = posixpath.normpath(config.get("data_dir") or "")
             return find_files(files.names, files.left_out, below)
         for split, names in declared_files(files, config):
             found[split] += names

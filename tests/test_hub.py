@@ -224,6 +224,12 @@ KINDS = {
         "- config_name: fr\n  data_files: fr/*\n---\n",
         "en/a.csv": "text\nA.\n",
     },
+    "declared by a pattern": {
+        "README.md": "---\nconfigs:\n- config_name: en\n  data_files: '**'\n---\n",
+        ".gitattributes": "*",
+        "LICENSE.txt": "You may.",
+        "a.jsonl": jsonl(LONG),
+    },
     "declared and not there": {
         "README.md": "---\nconfigs:\n- config_name: en\n  data_files: en/*\n---\n",
         "a.csv": "text\nA.\n",
@@ -279,6 +285,9 @@ def test_what_is_not_read_there_may_be_read_as_parquet(reads, hub):
     assert found["splits"] == SPLITS and found["commit"] == repo.at("refs/convert/parquet")[0]
     found = reads(revision="refs/convert/parquet", subset="french")
     assert found["splits"] == {"train": ["Un chat."]}
+    commit = found["commit"]  # which meta.json keeps: the same stories once more
+    assert reads(revision=commit, subset="french")["splits"] == {"train": ["Un chat."]}
+    assert reads(revision=commit)["splits"] == SPLITS
     repo.commits.append({"stories.zip": b"PK"})
     assert "holds no stories (of another kind: stories.zip): pass --revision" in reads()["error"]
 

@@ -327,7 +327,10 @@ def test_a_validation_split_of_one_story_is_noted(prepared, tmp_path):
     note = "note: validation is a single story"
     assert note in prepared(tmp_path / "in", tmp_path / "out")
     put(tmp_path / "in", {"val.jsonl": jsonl(["C.", "D."])})
-    assert note not in prepared(tmp_path / "in", tmp_path / "out")
+    said = prepared(tmp_path / "in", tmp_path / "out")
+    assert note not in said and "train is a single story" not in said
+    put(tmp_path / "lines", {"train.txt": "A.\nB.\n", "val.txt": "C.\nD.\n"})
+    assert "note: train is a single story" in prepared(tmp_path / "lines", tmp_path / "out")
     (tmp_path / "in" / "val.jsonl").unlink()  # one is held out, which nobody meant
     assert note not in prepared(tmp_path / "in", tmp_path / "out")
 

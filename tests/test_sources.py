@@ -138,6 +138,17 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("v2", "train"),
         ("split=validation/part-0", "validation"),
         ("default/partial-test/0000", "test"),
+        ("training", "train"),
+        ("my_testing", "test"),
+        ("evaluation/a", "validation"),
+        ("stories-valid (1)", "validation"),
+        ("stories_val(2)", "validation"),
+        ("stories_val_part1", "validation"),
+        ("stories-test-shard_00003", "test"),
+        ("stories_dev_chunk2", "validation"),
+        ("val_part-00001-of-00010", "validation"),
+        ("part-00001", "train"),
+        ("my_test_department1", "train"),
     ],
 )
 def test_the_split_follows_from_the_name(path, split):
@@ -156,6 +167,17 @@ def test_test_is_validation_only_where_nothing_else_is(tmp_path):
     put(tmp_path, {"val.txt": txt(["A."])})
     assert read(tmp_path) == {"train": LONG[:8], "validation": ["A."]}
     assert left_out(tmp_path) == {"test, as there is validation": ["data/test.txt"]}
+
+
+def test_shards_that_are_missing_are_noted(tmp_path):
+    """Of a download that broke off, or an upload."""
+    names = ["a/train-00000-of-00003", "a/train-00002-of-00003", "b/train-1-of-2", "b/train-2-of-2"]
+    names += ["val-00000-of-00012-0123456789abcdef"]
+    put(tmp_path, {f"{name}.jsonl": jsonl(LONG) for name in names})
+    assert open_stories(str(tmp_path)).notes == [
+        "val-* lacks 11 of its 12 files",
+        "a/train-* lacks 1 of its 3 files",
+    ]
 
 
 def test_shards_of_one_name_in_two_folders_are_all_read(tmp_path):
@@ -234,10 +256,48 @@ def test_a_readme_that_declares_its_splits_is_followed(tmp_path):
     assert read(tmp_path, subset="2012")["train"] == LONG[:6]
 
 
+def declaring(*configs: str) -> str:
+    return "---\nconfigs:\n" + "".join(f"- {{{config}}}\n" for config in configs) + "---\n"
+
+
+def test_a_pattern_stands_for_data_files_alone(tmp_path):
+    beside = ("LICENSE.txt", "README.md", "stats.png", "config.json", "a.jsonl.gz", ".a.jsonl")
+    put(tmp_path, {f"data/{name}": "You may." for name in beside} | {"data/a.jsonl": jsonl(LONG)})
+    for pattern in ("data/*", "**"):
+        put(tmp_path, {"README.md": declaring(f"config_name: a, data_files: '{pattern}'")})
+        assert read(tmp_path) == {"train": LONG}
+        listed = left_out(tmp_path)["not declared in README.md"]
+        assert listed == sorted(f"data/{name}" for name in beside if name != ".a.jsonl")
+    put(tmp_path, {"README.md": declaring("config_name: a, data_files: data/LICENSE.txt")})
+    assert read(tmp_path) == {"train": ["You may."]}
+    put(tmp_path, {"README.md": declaring("config_name: a, data_files: 'data/*.png'")})
+    refused(tmp_path, "declares data/stats.png, of no kind this script reads")
+
+
+def test_a_subset_that_declares_no_files_is_the_whole_folder(tmp_path):
+    put(tmp_path, {"en/a.jsonl": jsonl(LONG[:6]), "fr/a.jsonl": jsonl(LONG[6:])})
+    french = "config_name: fr, data_files: 'fr/*'"
+    for whole in ("config_name: default", "config_name: all, default: true, data_dir: null"):
+        put(tmp_path, {"README.md": declaring(whole, french)})
+        assert read(tmp_path) == {"train": LONG}
+        assert read(tmp_path, subset="fr") == {"train": LONG[6:]}
+
+
+def test_a_subset_is_not_passed_over(tmp_path):
+    put(tmp_path, {"a.jsonl": jsonl(LONG), "saved/dataset_dict.json": "{}"})
+    refused(tmp_path / "saved", "no subsets in its README.md: leave out --subset", subset="fr")
+    for flag in ("subset", "revision"):
+        with pytest.raises(InputError, match=f"--{flag}.* is empty"):
+            read(tmp_path, **{flag: ""})
+
+
 def test_a_readme_that_declares_nothing_is_a_note(tmp_path):
     put(tmp_path, {"README.md": "---\n: [ bad\n---\n", "a.jsonl": jsonl(LONG)})
     assert read(tmp_path) == {"train": LONG}
     refused(tmp_path, "no subsets in its README.md", subset="en")
+    put(tmp_path, {"README.md": "---\nlicense: a: b\nconfigs:\n- data_files: a.jsonl\n---\n"})
+    refused(tmp_path, "README.md declares its data in no way that is known")
+    (tmp_path / "README.md").unlink()
     for name in ("builtin", tmp_path / "a.jsonl"):
         refused(name, "leave out --subset", subset="en")
     refused(tmp_path, "leave out --subset, --revision", revision="main")
