@@ -380,7 +380,7 @@ def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndar
     if num_stories == 1:
         raise InputError(
             f"{name} holds one story alone, which cannot be both train and validation: add "
-            "stories, or put <|endoftext|> between them"
+            "stories, put <|endoftext|> between them, or pass a larger --max_stories"
         )
     number = min(max(round(num_stories * fraction), 1), num_stories - 1)
     held_out = np.zeros(num_stories, bool)

@@ -56,10 +56,12 @@ def parse_first(arguments: type):
 
 
 def progress_bar(**options):
-    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all."""
+    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all; what
+    cannot be shown is lost, and nothing else."""
     from tqdm import tqdm
 
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+    seconds = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(file=_Unfailing(sys.stderr), mininterval=seconds, **options)
 
 
 def warn(text: str) -> None:

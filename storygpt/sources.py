@@ -36,11 +36,10 @@ HIDDEN, ANOTHER_NAME = "hidden", "another name of what is read"
 LEFT_OUT_TEST = "test, as there is validation"
 LEFT_OUT_TEXTS = ".txt beside structured files"
 FEW_OF_MANY = 20  # a file in so many, or more, may be called "dev" or "test" for another reason
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_WORDS |= dict.fromkeys(
+    ("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"
+)
 # numbers of shards, versions and copies, at either end of a name without its endings
 SHARD = re.compile(
     r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d+"

@@ -335,6 +335,18 @@ def test_a_validation_split_of_one_story_is_noted(prepared, tmp_path):
     assert note not in prepared(tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_bar_that_cannot_be_shown_ends_nothing(tmp_path):
+    """The disk of a log that has filled, or a reader who has left."""
+    put(tmp_path, {"a.jsonl": jsonl(["A.", "B."])})
+    command = [sys.executable, "prepare_data.py", "--dataset", str(tmp_path / "a.jsonl")]
+    command += ["--num_proc", "1", "--data_dir", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 0 and b"written to" in done.stdout
+    assert load_meta(tmp_path / "out", None)["splits"]["train"]["stories"] == 1
+
+
 def test_what_was_not_read_is_said_in_one_line(prepared, tmp_path):
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"text": "A."}\n')
