@@ -40,6 +40,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing":
 SPLIT_WORDS |= dict.fromkeys(
     ("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"
 )
+HELD_OUT_WORDS = {word for word, split in SPLIT_WORDS.items() if split != "train"}
 # numbers of shards, versions and copies, at either end of a name without its endings
 SHARD = re.compile(
     r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d+"
@@ -176,6 +177,9 @@ def open_files(
     held_out, notes = splits.get("validation", []), missing_shards(names)
     if 0 < FEW_OF_MANY * len(held_out) <= len(names) and not configs:
         notes += [f"validation is {', '.join(held_out)}, by its name, of {len(names):,} files"]
+    odd = [name for name in splits["train"] if HELD_OUT_WORDS & {*words_of(name)}]
+    if odd and not configs:
+        notes += [f"train holds {shorten(', '.join(odd))}: docs/data.md says which words count"]
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
         splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
@@ -239,10 +243,15 @@ def open_saved(files: Files, text_column: str) -> Stories:
 # --- Which split ---
 
 
+def words_of(name: str) -> list[str]:
+    """Returns what stands between the punctuation of a name, in small letters."""
+    return re.split(r"[\W_]+", name.lower())
+
+
 def split_of(name: str, folders: Iterable[str] = ()) -> str:
     """Returns `train`, `validation` or `test`, by the words of a name without its endings, then of
     the folders it is in, the nearest first. Raises InputError where the name says two of them."""
-    words = re.split(r"[\W_]+", SHARD.sub("", name.lower()))
+    words = words_of(SHARD.sub("", name.lower()))
     found = {SPLIT_WORDS[word] for word in (words[0], words[-1]) if word in SPLIT_WORDS}
     if len(found) > 1:
         shown = "/".join([*folders, name])

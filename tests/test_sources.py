@@ -149,6 +149,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("val_part-00001-of-00010", "validation"),
         ("part-00001", "train"),
         ("my_test_department1", "train"),
+        ("Stories_VAL_Part1", "validation"),
     ],
 )
 def test_the_split_follows_from_the_name(path, split):
@@ -167,6 +168,14 @@ def test_test_is_validation_only_where_nothing_else_is(tmp_path):
     put(tmp_path, {"val.txt": txt(["A."])})
     assert read(tmp_path) == {"train": LONG[:8], "validation": ["A."]}
     assert left_out(tmp_path) == {"test, as there is validation": ["data/test.txt"]}
+
+
+def test_what_is_train_in_spite_of_a_word_in_its_name_is_noted(tmp_path):
+    names = ("validation_set/a", "a.val.en", "more_test_stories", "invalid_ones", "train/evaluate")
+    put(tmp_path, {f"{name}.jsonl": jsonl(LONG) for name in names})
+    (note,) = open_stories(str(tmp_path)).notes
+    said = "train holds a.val.en.jsonl, more_test_stories.jsonl, validation_set/a.jsonl: docs/data"
+    assert note.startswith(said)
 
 
 def test_shards_that_are_missing_are_noted(tmp_path):
