@@ -40,13 +40,13 @@ SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing":
 SPLIT_WORDS |= dict.fromkeys(
     ("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"
 )
-HELD_OUT_WORDS = {word for word, split in SPLIT_WORDS.items() if split != "train"}
+WORD = re.compile(r"[^\W_]+")
 # numbers of shards, versions and copies, at either end of a name without its endings
 SHARD = re.compile(
     r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d+"
     r"([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{16})?)?)+$"
 )
-OF_SHARDS = re.compile(r"(\d+)[-_. ]of[-_. ](\d+)([-_. ][0-9a-f]{16})?")
+OF_SHARDS = re.compile(r"(?P<first>.*?)\d+[-_. ]of[-_. ](?P<number>\d+)", re.DOTALL)
 # a file of the branch where the Hub keeps data sets as parquet: SUBSET/SPLIT/0000.parquet
 CONVERTED = re.compile(r"[^/]+/[^/]+/\d{4}\.parquet")
 NOTES = re.compile(
@@ -177,7 +177,10 @@ def open_files(
     held_out, notes = splits.get("validation", []), missing_shards(names)
     if 0 < FEW_OF_MANY * len(held_out) <= len(names) and not configs:
         notes += [f"validation is {', '.join(held_out)}, by its name, of {len(names):,} files"]
-    odd = [name for name in splits["train"] if HELD_OUT_WORDS & {*words_of(name)}]
+    if any("/partial-" in name for name in names):
+        notes += ["it is part of a data set: the Hub keeps no more of it as parquet"]
+    held_out_words = {word for word, split in SPLIT_WORDS.items() if split != "train"}
+    odd = [name for name in splits["train"] if held_out_words & {*WORD.findall(name.lower())}]
     if odd and not configs:
         notes += [f"train holds {shorten(', '.join(odd))}: docs/data.md says which words count"]
     texts = len(left_out[LEFT_OUT_TEXTS])
@@ -243,16 +246,11 @@ def open_saved(files: Files, text_column: str) -> Stories:
 # --- Which split ---
 
 
-def words_of(name: str) -> list[str]:
-    """Returns what stands between the punctuation of a name, in small letters."""
-    return re.split(r"[\W_]+", name.lower())
-
-
 def split_of(name: str, folders: Iterable[str] = ()) -> str:
     """Returns `train`, `validation` or `test`, by the words of a name without its endings, then of
     the folders it is in, the nearest first. Raises InputError where the name says two of them."""
-    words = words_of(SHARD.sub("", name.lower()))
-    found = {SPLIT_WORDS[word] for word in (words[0], words[-1]) if word in SPLIT_WORDS}
+    words = WORD.findall(SHARD.sub("", name.lower()))
+    found = {SPLIT_WORDS[word] for word in words[:1] + words[-1:] if word in SPLIT_WORDS}
     if len(found) > 1:
         shown = "/".join([*folders, name])
         raise InputError(f"{shown} names two splits ({words[0]}, {words[-1]}): rename it")
@@ -389,14 +387,12 @@ def match_files(names: list[str], pattern: str) -> list[str]:
 
 def missing_shards(names: list[str]) -> list[str]:
     """Says of which files some are missing, by the numbers in their names: 00001-of-00003."""
-    shards = defaultdict(set)
-    for name in names:
-        if found := OF_SHARDS.search(name):
-            shards[name[: found.start()], int(found[2])].add(int(found[1]))
+    found = [match for match in map(OF_SHARDS.match, names) if match]
+    sets = Counter((match["first"], int(match["number"])) for match in found)
     return [
-        f"{first}* lacks {number - len(have):,} of its {number:,} files"
-        for (first, number), have in shards.items()
-        if len(have) < number
+        f"{first}* lacks {number - have:,} of its {number:,} files"
+        for (first, number), have in sets.items()
+        if have < number
     ]
 
 

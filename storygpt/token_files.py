@@ -80,15 +80,12 @@ def is_meta(meta) -> bool:
         return False
 
 
-def prepare_command(data_dir: Path, meta: dict | None = None, **flags) -> str:
-    """Returns in backticks the command that prepares `data_dir`, from the data that a meta.json
-    names."""
-    meta = meta or {}
+def prepare_command(data_dir: Path, meta: dict, **flags) -> str:
+    """Returns in backticks the command that prepares `data_dir` with what a meta.json names."""
     known = {name: meta.get(name) for name in ("dataset", "subset", "revision")}
+    known |= {"deduplicate": meta.get("deduplicated")} | flags
     known = {name: value for name, value in known.items() if value}
-    if meta.get("deduplicated"):
-        known["deduplicate"] = True
-    return f"`{command_line('prepare_data.py', data_dir=data_dir, **known, **flags)}`"
+    return f"`{command_line('prepare_data.py', data_dir=data_dir, **known)}`"
 
 
 def load_meta(
@@ -106,7 +103,7 @@ def load_meta(
         wanted = {"preset": preset_name}
     elif vocab_size:
         wanted = {"vocab_size": vocab_size}
-    prepare = prepare_command(data_dir, **wanted)
+    prepare = prepare_command(data_dir, {}, **wanted)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -150,6 +150,8 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("part-00001", "train"),
         ("my_test_department1", "train"),
         ("Stories_VAL_Part1", "validation"),
+        ("stories [val]", "validation"),
+        ("00001", "train"),
     ],
 )
 def test_the_split_follows_from_the_name(path, split):
@@ -176,6 +178,14 @@ def test_what_is_train_in_spite_of_a_word_in_its_name_is_noted(tmp_path):
     (note,) = open_stories(str(tmp_path)).notes
     said = "train holds a.val.en.jsonl, more_test_stories.jsonl, validation_set/a.jsonl: docs/data"
     assert note.startswith(said)
+
+
+def test_what_the_hub_converted_in_part_is_noted(tmp_path):
+    put(tmp_path, {"default/partial-train/0000.parquet": parquet(LONG[:8])})
+    put(tmp_path, {"default/test/0000.parquet": parquet(LONG[8:])})
+    assert read(tmp_path) == {"train": LONG[:8], "validation": LONG[8:]}
+    (note,) = open_stories(str(tmp_path)).notes
+    assert note.startswith("it is part of a data set")
 
 
 def test_shards_that_are_missing_are_noted(tmp_path):
