@@ -56,12 +56,10 @@ def parse_first(arguments: type):
 
 
 def progress_bar(**options):
-    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all; what
-    cannot be shown is lost, and nothing else."""
+    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all."""
     from tqdm import tqdm
 
-    seconds = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(file=_Unfailing(sys.stderr), mininterval=seconds, **options)
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
 def warn(text: str) -> None:
@@ -189,6 +187,7 @@ def run(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # what the terminal or file cannot show is replaced
             stream.reconfigure(errors="replace")
+    sys.stderr = _Unfailing(sys.stderr)  # a bar that cannot be shown ends nothing
     try:
         main()
         sys.stdout.flush()  # here, where a full disk still has a sentence

@@ -220,18 +220,14 @@ def open_repo(name: str, kind: Literal["dataset", "model"], revision: str | None
         ) from error
     except Exception as error:  # the Hub's client's own, and those of the layers below it
         why = explain(error)
+        failed = f"{name} is no file or folder here, and cannot be downloaded {why}"
         if not is_transient(error):
-            raise InputError(
-                f"{name} is no file or folder here, and cannot be downloaded {why}"
-            ) from error
+            raise InputError(failed) from error
     try:
         repo = list_files(name, kind, revision, offline=True)
     except Exception as error:
         other = ", and --dataset builtin needs no network" if kind == "dataset" else ""
-        raise InputError(
-            f"{name} is no file or folder here, and cannot be downloaded {why}; the cache does not "
-            f"have it whole{other}"
-        ) from error
+        raise InputError(f"{failed}; the cache does not have it whole{other}") from error
     print(f"taking {name} at commit {repo.commit} from the cache {why}", file=sys.stderr)
     return repo._replace(offline=why)
 

@@ -46,7 +46,7 @@ SHARD = re.compile(
     r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d+"
     r"([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{16})?)?)+$"
 )
-OF_SHARDS = re.compile(r"(?P<first>.*?)\d+[-_. ]of[-_. ](?P<number>\d+)", re.DOTALL)
+OF_SHARDS = re.compile(r"(.*?)\d+[-_. ]of[-_. ](\d+)", re.DOTALL)
 # a file of the branch where the Hub keeps data sets as parquet: SUBSET/SPLIT/0000.parquet
 CONVERTED = re.compile(r"[^/]+/[^/]+/\d{4}\.parquet")
 NOTES = re.compile(
@@ -174,22 +174,13 @@ def open_files(
         raise InputError(f"{files.place} holds no stories ({reason}): {remedy}")
     splits, left_out[LEFT_OUT_TEST] = choose_splits(files.place, found)
     names = [name for split in splits.values() for name in split]
-    held_out, notes = splits.get("validation", []), missing_shards(names)
-    if 0 < FEW_OF_MANY * len(held_out) <= len(names) and not configs:
-        notes += [f"validation is {', '.join(held_out)}, by its name, of {len(names):,} files"]
-    if any("/partial-" in name for name in names):
-        notes += ["it is part of a data set: the Hub keeps no more of it as parquet"]
-    held_out_words = {word for word, split in SPLIT_WORDS.items() if split != "train"}
-    odd = [name for name in splits["train"] if held_out_words & {*WORD.findall(name.lower())}]
-    if odd and not configs:
-        notes += [f"train holds {shorten(', '.join(odd))}: docs/data.md says which words count"]
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
         splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
         total=None if files.commit else count_rows([files.get(name) for name in names]),
         left_out={reason: names for reason, names in left_out.items() if names},
         commit=files.commit,
-        notes=notes,
+        notes=notes_on(splits, declared=bool(configs)),
     )
 
 
@@ -274,6 +265,30 @@ def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
             "one file itself with --dataset to split it"
         )
     return splits, left_out
+
+
+def notes_on(splits: Found, declared: bool) -> list[str]:
+    """Says what is odd about the names that became splits, by their words or as `declared`."""
+    names = [name for split in splits.values() for name in split]
+    shards = [match for match in map(OF_SHARDS.match, names) if match]
+    notes = [
+        f"{first}* lacks {int(number) - have:,} of its {int(number):,} files"
+        for (first, number), have in Counter(match.groups() for match in shards).items()
+        if have < int(number)
+    ]
+    if any("/partial-" in name for name in names):
+        notes += ["it is part of a data set: the Hub keeps no more of it as parquet"]
+    if declared:
+        return notes
+    held_out = splits.get("validation", [])
+    if 0 < FEW_OF_MANY * len(held_out) <= len(names):
+        listed = shorten(", ".join(held_out))
+        notes += [f"validation is {listed}, by its name, of {len(names):,} files"]
+    words = {word for word, split in SPLIT_WORDS.items() if split != "train"}
+    odd = [name for name in splits["train"] if words & {*WORD.findall(name.lower())}]
+    if odd:
+        notes += [f"train holds {shorten(', '.join(odd))}: docs/data.md says which words count"]
+    return notes
 
 
 # --- Which files ---
@@ -383,17 +398,6 @@ def match_files(names: list[str], pattern: str) -> list[str]:
     ]
     matches = re.compile("".join(parts).replace("[!", "[^")).fullmatch
     return [name for name in names if matches(name) and name != "README.md"]
-
-
-def missing_shards(names: list[str]) -> list[str]:
-    """Says of which files some are missing, by the numbers in their names: 00001-of-00003."""
-    found = [match for match in map(OF_SHARDS.match, names) if match]
-    sets = Counter((match["first"], int(match["number"])) for match in found)
-    return [
-        f"{first}* lacks {number - have:,} of its {number:,} files"
-        for (first, number), have in sets.items()
-        if have < number
-    ]
 
 
 def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]]:
