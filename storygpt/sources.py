@@ -38,7 +38,7 @@ LEFT_OUT_TEXTS = ".txt beside structured files"
 FEW_OF_MANY = 20  # a file in so many, or more, may be called "dev" or "test" for another reason
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_WORDS |= dict.fromkeys(
-    ("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"
+    ("val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"), "validation"
 )
 WORD = re.compile(r"[^\W_]+")
 # numbers of shards, versions and copies, at either end of a name without its endings

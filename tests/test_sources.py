@@ -151,6 +151,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("my_test_department1", "train"),
         ("Stories_VAL_Part1", "validation"),
         ("stories [val]", "validation"),
+        ("holdout/a", "validation"),
         ("00001", "train"),
     ],
 )
