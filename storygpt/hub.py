@@ -100,7 +100,7 @@ def explain(error: Exception) -> str:
         return f"({name}): check the network and run the same command again"
     if isinstance(error, errors.CachedRepoTreeNotFoundError):  # the client did not say why
         error = OSError(errno.ENOSPC, "it cannot be written")
-    if getattr(error, "errno", None):
+    if isinstance(error, OSError) and error.errno:
         place = error.filename or constants.HF_HUB_CACHE
         elsewhere = "set HF_HOME to a folder elsewhere"
         return f"({error.strerror}: {place}): {remedy(error, elsewhere)}"
