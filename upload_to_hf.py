@@ -374,11 +374,12 @@ def main() -> None:
             for repo in repos:
                 print(f"built in {repo.folder}; publish it without --dry_run")
             return
-        for done in publish(repos, token, private=arguments.private, replace=arguments.replace):
+        published = publish(repos, token, private=arguments.private, replace=arguments.replace)
+        for done in published:
             print(f"{'published:' if done.changed else 'nothing changed:'} {done.url}")
             if done.kept_card:
                 print("its README.md was edited there, and is kept")
-    if arguments.space and arguments.private:
+    if arguments.space and published[0].private:
         print(f"to read {arguments.repo_id} the Space needs a secret HF_TOKEN, in its settings")
 
 

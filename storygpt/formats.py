@@ -20,18 +20,36 @@ from torch import Tensor
 from config import GenerationSettings, GPTConfig, InputError, TrainingConfig
 from storygpt.files import BEST, refuse_pointers
 from storygpt.record import from_dict, record_of, weights_sha256
-from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
+from storygpt.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    MIN_VOCAB_SIZE,
+    gpt2_file,
+    load_tokenizer,
+)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of two, the first is read
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
 OURS = {
+    "tokenizer_class": (
+        *("GPT2Tokenizer", "GPT2TokenizerFast", None),
+        *("PreTrainedTokenizerFast", "TokenizersBackend"),  # of any kind: the files tell which
+    ),
+    "quantization_config": (None,),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+}
+# The names that transformers' models have in common, and GPT-2's own.
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 
 
@@ -46,11 +64,7 @@ def reading_weights(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        best = path.parent / BEST  # a run's folder
-        mend = best if best.exists() else "another checkpoint"
-        raise InputError(
-            f"{path.parent} is no model: it has no {path.name}; pass {mend}"
-        ) from error
+        raise no_model(path.parent, path.name) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
@@ -61,6 +75,16 @@ def reading_weights(path: Path) -> Iterator[None]:
                 "run a stranger's code"
             ) from error
         raise InputError(f"{path} is damaged or not a checkpoint: pass another") from error
+
+
+def no_model(folder: Path, lacks: str) -> InputError:
+    """Returns the sentence on a folder without a file that a model has."""
+    best, mend = folder / BEST, "pass another checkpoint"
+    if best.exists():  # a run's folder
+        mend = f"pass {best}"
+    elif (folder / "adapter_config.json").exists():
+        mend = "merge the adapter into its model (PEFT's merge_and_unload), save that and pass it"
+    return InputError(f"{folder} is no model: it has no {lacks}; {mend}")
 
 
 def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
@@ -87,10 +111,11 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> tuple[GPTConfig, dict]:
     """Returns the shape in a folder's config.json, and what only StoryGPT writes there (else {}).
 
-    Raises InputError with whatever it asks of a model that ours does not do.
+    Raises InputError with whatever it asks of a model that ours does not do, and as
+    `end_of_text_in` does.
     """
     path = folder / "config.json"
-    config = read_json(path)
+    config = {GPT2_NAMES.get(name, name): value for name, value in read_json(path).items()}
     if config.get("model_type") != "gpt2":
         raise InputError(f"{path} is a {config.get('model_type')} model's: only GPT-2's are read")
     with reading_weights(path):
@@ -103,10 +128,14 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
                     f"there it is {values[0]!r}"
                 )
         ours = config.get("storygpt", {})
+        rows = config.get("vocab_size", GPT2_VOCAB_SIZE)
+        end_of_text = end_of_text_in(folder, rows)
+        if ours and not end_of_text:  # ours without its tokenizer, whatever was added
+            end_of_text = config.get("eos_token_id")
         try:
             shape = GPTConfig(
-                # embeddings past GPT-2's, for speed or for special tokens, are of no text
-                vocab_size=min(config.get("vocab_size", GPT2_VOCAB_SIZE), GPT2_VOCAB_SIZE),
+                # rows after end-of-text, for speed or for special tokens, are of no text
+                vocab_size=min(rows, (end_of_text or GPT2_VOCAB_SIZE - 1) + 1),
                 context_length=config.get("n_positions", 1024),
                 n_layer=config.get("n_layer", 12),
                 n_head=config.get("n_head", 12),
@@ -120,28 +149,36 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
         return shape, ours
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Raises InputError where the folder's tokenizer, if it has one, is not GPT-2's, whole or cut
-    to `vocab_size` as `load_tokenizer` cuts it."""
+def end_of_text_in(folder: Path, rows: int) -> int | None:
+    """Returns the id of end-of-text, the last token of text, in a folder's tokenizer, if it has
+    one.
+
+    Raises InputError where that is not GPT-2's, whole or cut as `load_tokenizer` cuts it, or has
+    more tokens than the embedding has `rows`.
+    """
     path = folder / "tokenizer.json"
     if path.is_file():
         with reading_weights(path):
             bpe = read_json(path)["model"]
-            vocab, merges = bpe["vocab"], bpe["merges"]
+            vocab = dict(bpe["vocab"])  # pairs where it is no BPE
             # a pair is "a b" or, since tokenizers 0.20, ["a", "b"]
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+            merges = [m if isinstance(m, str) else " ".join(m) for m in bpe.get("merges", ())]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
         with reading_weights(path):
             lines = path.read_text(encoding="utf-8").splitlines()
             merges = [line for line in lines if line and not line.startswith("#version")]
+    elif others := [*folder.glob("vocab.txt"), *folder.glob("*.model")]:  # BERT's, SentencePiece's
+        path, vocab, merges = others[0], {}, []
     else:
-        return
-    ours, our_merges = vocabulary(vocab_size)
+        return None
     with reading_weights(path):
-        vocab = {token: i for token, i in vocab.items() if i < vocab_size}
-    if vocab != ours or merges != our_merges:
-        raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
+        end_of_text = vocab.get(END_OF_TEXT, -1)
+        known = {token: i for token, i in vocab.items() if i <= end_of_text}
+        of_gpt2 = end_of_text in range(MIN_VOCAB_SIZE - 1, min(rows, GPT2_VOCAB_SIZE))
+        if not of_gpt2 or (known, merges) != vocabulary(end_of_text + 1):
+            raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
+    return end_of_text
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -170,7 +207,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
                     raise ValueError("not only tensors")
         return tensors
-    raise InputError(f"{folder} is no model: it has no model.safetensors; pass another checkpoint")
+    raise no_model(folder, WEIGHTS[0])
 
 
 def read_folder(folder: Path) -> dict:
@@ -181,7 +218,6 @@ def read_folder(folder: Path) -> dict:
     Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
     """
     config, ours = read_config(folder)
-    check_tokenizer(folder, config.vocab_size)
     tensors = read_tensors(folder)
     try:
         state_dict = from_transformers(tensors, config.vocab_size)

@@ -572,6 +572,16 @@ def test_a_space_is_left_to_whoever_edits_it_and_sent_only_with_its_model(
     assert len(model.commits) == 3 and page.commits[-1]["README.md"] == page.commits[1]["README.md"]
 
 
+def test_the_space_of_a_private_model_is_private(script, small_run, hub, tmp_path):
+    """However it came to be private: in its settings, or by its organization's."""
+    hub.add("models/you/StoryGPT", {}, private=True)
+    environment = hub.environment(tmp_path / "hf")
+    result = script("upload_to_hf.py", *small_run.flags, "--space", **environment)
+    assert result.code == 0, result.output
+    assert hub.repos["spaces/you/StoryGPT-space"].private
+    assert "the Space needs a secret HF_TOKEN" in result.output
+
+
 # (faults, what the output says, exit status, commits on the server); Retry-After keeps waits short
 PLANNED = {
     "401": ([Fault("create", 401)], "HTTP 401): the Hub does not know this token", 1, 0),

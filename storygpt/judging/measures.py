@@ -44,11 +44,16 @@ def read_story(ids: Sequence[int], tokenizer: tiktoken.Encoding, most: int) -> S
     return Story(np.array(ids, np.int64), text.strip(), ended)
 
 
+SENTENCE_END = re.compile(
+    r"""(?<=[.!?।؟۔])\s+|(?<=[.!?]["”'])\s+(?![a-z])|\n+"""
+    r"""|(?<=[。！？])\s*(?![\s」』”’。！？])|(?<=[。！？][」』”’])\s*"""  # nothing stands between
+)
+
+
 def sentences(text: str) -> list[str]:
     """Splits a text into sentences. `"Look!" said Tom.` is one: after a quotation a small letter
     goes on."""
-    parts = re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["”'])\s+(?![a-z])|\n+""", text.strip())
-    return [part for part in parts if part]
+    return [part for part in SENTENCE_END.split(text.strip()) if part]
 
 
 def words(text: str) -> list[str]:
