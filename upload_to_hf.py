@@ -123,11 +123,11 @@ def table(rows: Iterable[tuple]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def history(record) -> str:
+def history(record, base: str | None) -> str:
     """Says what the weights come from, as the card's first lines do."""
     from storygpt.sources import BUILTIN
 
-    data, base = record.data, record.base_model
+    data = record.data
     if not record.init_from:
         start = "from scratch"
     elif base:
@@ -182,7 +182,7 @@ def how_stories_read(path: Path, record) -> str:
     return ""
 
 
-def card_data(arguments: Arguments, record, metrics: dict):
+def card_data(arguments: Arguments, record, base: str | None, metrics: dict):
     """Returns the head of the card, which programs read, as a huggingface_hub ModelCardData."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -194,7 +194,7 @@ def card_data(arguments: Arguments, record, metrics: dict):
     return ModelCardData(
         language=arguments.language,
         license=arguments.license,
-        base_model=record.base_model,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "storygpt"],
@@ -230,6 +230,9 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
 
     config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
     metrics = evaluation(checkpoint, record)
+    base = record.base_model
+    if base == repo_id:  # an earlier state of the same, which it is to replace
+        base = None
     prompt, seeds = opening_of(checkpoint), range(arguments.seed, arguments.seed + 3)
     shell_prompt = shlex.quote(prompt)
     told = zip(seeds, generate_stories(model, prompt, seeds), strict=True)
@@ -244,7 +247,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
     body = Template(CARD.read_text(encoding="utf-8")).substitute(
         name=repo_id.split("/")[1],
         repo_id=repo_id,
-        history=history(record),
+        history=history(record, base),
         parameters=f"{record.parameters:,}",
         prompt=json.dumps(prompt, ensure_ascii=False),
         shell_prompt=shell_prompt,
@@ -265,7 +268,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
         settings=table((asdict(config) | recipe).items()),
     )
     body = re.sub(r"\n{3,}", "\n\n", body)  # where something is left out
-    head = card_data(arguments, record, metrics).to_yaml()
+    head = card_data(arguments, record, base=base, metrics=metrics).to_yaml()
     return ModelCard(f"---\n{head}\n---\n\n{body}")
 
 

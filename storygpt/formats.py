@@ -20,13 +20,7 @@ from torch import Tensor
 from config import GenerationSettings, GPTConfig, InputError, TrainingConfig
 from storygpt.files import BEST, refuse_pointers
 from storygpt.record import from_dict, record_of, weights_sha256
-from storygpt.tokenizer import (
-    END_OF_TEXT,
-    GPT2_VOCAB_SIZE,
-    MIN_VOCAB_SIZE,
-    gpt2_file,
-    load_tokenizer,
-)
+from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of two, the first is read
 
@@ -64,7 +58,13 @@ def reading_weights(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise no_model(path.parent, path.name) from error
+        best = path.parent / BEST  # a run's folder
+        mend = best if best.exists() else "another checkpoint"
+        if (path.parent / "adapter_config.json").exists():
+            mend = "what PEFT's merge_and_unload and then save_pretrained make of the adapter"
+        raise InputError(
+            f"{path.parent} is no model: it has no {path.name}; pass {mend}"
+        ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
@@ -75,16 +75,6 @@ def reading_weights(path: Path) -> Iterator[None]:
                 "run a stranger's code"
             ) from error
         raise InputError(f"{path} is damaged or not a checkpoint: pass another") from error
-
-
-def no_model(folder: Path, lacks: str) -> InputError:
-    """Returns the sentence on a folder without a file that a model has."""
-    best, mend = folder / BEST, "pass another checkpoint"
-    if best.exists():  # a run's folder
-        mend = f"pass {best}"
-    elif (folder / "adapter_config.json").exists():
-        mend = "merge the adapter into its model (PEFT's merge_and_unload), save that and pass it"
-    return InputError(f"{folder} is no model: it has no {lacks}; {mend}")
 
 
 def rebuild(key: str, given: dict, path: Path) -> GPTConfig | TrainingConfig:
@@ -175,8 +165,9 @@ def end_of_text_in(folder: Path, rows: int) -> int | None:
     with reading_weights(path):
         end_of_text = vocab.get(END_OF_TEXT, -1)
         known = {token: i for token, i in vocab.items() if i <= end_of_text}
-        of_gpt2 = end_of_text in range(MIN_VOCAB_SIZE - 1, min(rows, GPT2_VOCAB_SIZE))
-        if not of_gpt2 or (known, merges) != vocabulary(end_of_text + 1):
+        # GPT-2's are 256 bytes, a token a merge, and the end
+        counted = 256 + len(merges) == end_of_text < min(rows, GPT2_VOCAB_SIZE)
+        if not counted or (known, merges) != vocabulary(end_of_text + 1):
             raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
     return end_of_text
 
@@ -207,7 +198,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
                     raise ValueError("not only tensors")
         return tensors
-    raise no_model(folder, WEIGHTS[0])
+    raise InputError(f"{folder} is no model: it has no model.safetensors; pass another checkpoint")
 
 
 def read_folder(folder: Path) -> dict:
@@ -218,11 +209,7 @@ def read_folder(folder: Path) -> dict:
     Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
     """
     config, ours = read_config(folder)
-    tensors = read_tensors(folder)
-    try:
-        state_dict = from_transformers(tensors, config.vocab_size)
-    except ValueError as error:
-        raise InputError(f"{folder} has {error}, which StoryGPT's model does not") from error
+    state_dict = from_transformers(read_tensors(folder), config.vocab_size)
     biases = [name for name in state_dict if name.endswith("bias")]
     if config.bias or any(state_dict[name].any() for name in biases):
         config = replace(config, bias=True)  # others also train those that were zeros
@@ -247,21 +234,20 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
     """Returns transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with
     biases.
 
-    Its linear layers are (in, out). Raises ValueError where its head is not its embedding.
+    Its linear layers are (in, out), and its head may be missing.
     """
     state_dict = {}
     for name, weight in tensors.items():
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             continue  # the causal mask, which old versions stored
-        weight = weight.T if ".c_" in name and weight.dim() == 2 else weight
+        if weight.dim() == 2 and ".c_" in name:
+            weight = weight.T
+        elif weight.dim() == 2 and name in ("wte.weight", "lm_head.weight"):
+            weight = weight[:vocab_size]
         state_dict[name] = weight.float().contiguous()
-    if "wte.weight" in state_dict and state_dict["wte.weight"].dim() == 2:
-        head = state_dict.get("lm_head.weight", state_dict["wte.weight"])
-        if not torch.equal(head, state_dict["wte.weight"]):
-            raise ValueError("a head that is not its embedding")
-        state_dict["wte.weight"] = state_dict["wte.weight"][:vocab_size]
-        state_dict["lm_head.weight"] = state_dict["wte.weight"]
+    if "wte.weight" in state_dict:
+        state_dict.setdefault("lm_head.weight", state_dict["wte.weight"])
     return state_dict
 
 

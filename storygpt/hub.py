@@ -30,7 +30,7 @@ TRIES = (2, 4)  # seconds to wait before the second and third try
 COMMIT = re.compile("[0-9a-f]{40}")
 PARQUET = "refs/convert/parquet"  # the branch where the Hub keeps most data sets as parquet
 MODEL_FILES = [  # what read_folder reads, and what transformers needs beside it offline
-    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "*.model"),  # of other tokenizers, by which read_folder knows them
@@ -278,7 +278,7 @@ def download_model(name: str, revision: str | None = None) -> Path:
     if "config.json" not in repo.files:
         raise InputError(f"{name} is no model that this reads: it has no config.json")
     files = list(filter_repo_objects(repo.files, allow_patterns=MODEL_FILES))
-    if not any(file.endswith(".safetensors") for file in files):  # most repos hold both kinds
+    if not any(file.startswith("model.safetensors") for file in files):  # most hold both kinds
         files += filter_repo_objects(repo.files, allow_patterns=OLDER_MODEL_FILES)
     for file in files:
         fetch(repo, file)

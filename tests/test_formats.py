@@ -292,7 +292,7 @@ FOREIGN = {
     ),
     "adapter": (
         lambda f: drop(with_file(f, "adapter_config.json"), "config.json"),
-        "has no config.json; merge the adapter into its model (PEFT's merge_and_unload)",
+        "has no config.json; pass what PEFT's merge_and_unload and then save_pretrained make",
     ),
     "another tokenizer": (
         lambda f: with_tokenizer(f, "tokenizer.json", swap=1000),
