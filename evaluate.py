@@ -81,7 +81,6 @@ def check(arguments: Arguments) -> None:
 def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dict:
     """Returns the losses on all of a split. Raises InputError where they are no numbers."""
     counts, end_of_text = meta["splits"][arguments.split], meta["end_of_text"]
-    context_length = model.config.context_length
     tokens = load_tokens(arguments.data_dir, arguments.split, meta, 0)  # shorter than a window, too
     loss = exact_loss(model, tokens, end_of_text, arguments.batch_size)
     if not math.isfinite(perplexity(loss)):
@@ -90,7 +89,7 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
         logits_of(model),
         split_stories(tokens, end_of_text),
         end_of_text=end_of_text,
-        context_length=context_length,
+        context_length=model.config.context_length,
         batch_size=arguments.batch_size,
     )
     return {

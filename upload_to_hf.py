@@ -230,9 +230,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
 
     config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
     metrics = evaluation(checkpoint, record)
-    base = record.base_model
-    if base == repo_id:  # an earlier state of the same, which it is to replace
-        base = None
+    base = record.base_model if record.base_model != repo_id else None  # none is its own base
     prompt, seeds = opening_of(checkpoint), range(arguments.seed, arguments.seed + 3)
     shell_prompt = shlex.quote(prompt)
     told = zip(seeds, generate_stories(model, prompt, seeds), strict=True)
@@ -380,9 +378,9 @@ def main() -> None:
         published = publish(repos, token, private=arguments.private, replace=arguments.replace)
         for done in published:
             print(f"{'published:' if done.changed else 'nothing changed:'} {done.url}")
-            if done.kept_card:
+            if done.plan.keep_card:
                 print("its README.md was edited there, and is kept")
-    if arguments.space and published[0].private:
+    if arguments.space and published[0].plan.private:
         print(f"to read {arguments.repo_id} the Space needs a secret HF_TOKEN, in its settings")
 
 

@@ -119,13 +119,15 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
                 )
         ours = config.get("storygpt", {})
         rows = config.get("vocab_size", GPT2_VOCAB_SIZE)
-        end_of_text = end_of_text_in(folder, rows)
-        if ours and not end_of_text:  # ours without its tokenizer, whatever was added
-            end_of_text = config.get("eos_token_id")
+        # Rows after end-of-text, for speed or for special tokens, are of no text: a few.
+        tokens = min(rows, GPT2_VOCAB_SIZE)
+        ends = range(tokens - 1000, tokens)
+        end_of_text = end_of_text_in(folder, ends)
+        if end_of_text is None and ours and config.get("eos_token_id") in ends:
+            end_of_text = config["eos_token_id"]
         try:
             shape = GPTConfig(
-                # rows after end-of-text, for speed or for special tokens, are of no text
-                vocab_size=min(rows, (end_of_text or GPT2_VOCAB_SIZE - 1) + 1),
+                vocab_size=tokens if end_of_text is None else end_of_text + 1,
                 context_length=config.get("n_positions", 1024),
                 n_layer=config.get("n_layer", 12),
                 n_head=config.get("n_head", 12),
@@ -139,12 +141,12 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
         return shape, ours
 
 
-def end_of_text_in(folder: Path, rows: int) -> int | None:
+def end_of_text_in(folder: Path, ends: range) -> int | None:
     """Returns the id of end-of-text, the last token of text, in a folder's tokenizer, if it has
     one.
 
-    Raises InputError where that is not GPT-2's, whole or cut as `load_tokenizer` cuts it, or has
-    more tokens than the embedding has `rows`.
+    Raises InputError where that is not GPT-2's, whole or cut as `load_tokenizer` cuts it, with an
+    end that is among `ends`.
     """
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -165,8 +167,8 @@ def end_of_text_in(folder: Path, rows: int) -> int | None:
     with reading_weights(path):
         end_of_text = vocab.get(END_OF_TEXT, -1)
         known = {token: i for token, i in vocab.items() if i <= end_of_text}
-        # GPT-2's are 256 bytes, a token a merge, and the end
-        counted = 256 + len(merges) == end_of_text < min(rows, GPT2_VOCAB_SIZE)
+        # GPT-2's tokens are 256 bytes, one a merge, and the end
+        counted = end_of_text in ends and end_of_text == 256 + len(merges)
         if not counted or (known, merges) != vocabulary(end_of_text + 1):
             raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
     return end_of_text

@@ -330,8 +330,7 @@ class Published(NamedTuple):
     url: str
     changed: bool
     """Whether anything was new to the repo."""
-    kept_card: bool
-    private: bool
+    plan: Plan
 
 
 def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
@@ -461,9 +460,4 @@ def send(api, repo: Built, plan: Plan) -> Published:
     )
     place = f"spaces/{repo.repo_id}" if repo.kind == "space" else repo.repo_id
     changed = retry(upload).oid != plan.before
-    return Published(
-        url=f"{api.endpoint}/{place}",
-        changed=changed,
-        kept_card=plan.keep_card,
-        private=plan.private,
-    )
+    return Published(f"{api.endpoint}/{place}", changed=changed, plan=plan)

@@ -193,6 +193,11 @@ def with_model(folder: Path, **model) -> Path:
     return folder
 
 
+def with_cut_tokenizer(folder: Path, size: int) -> Path:
+    (folder / "tokenizer.json").write_text(tokenizer_files(size, 64)["tokenizer.json"])
+    return folder
+
+
 def with_file(folder: Path, name: str) -> Path:
     (folder / name).write_bytes(b"[PAD]\n[UNK]\n")
     return folder
@@ -288,6 +293,10 @@ FOREIGN = {
     ),
     "more tokens than rows": (
         lambda f: with_tokenizer(write_gpt2(f / "s", vocab_size=512), "tokenizer.json"),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "the tokenizer of a smaller model": (
+        lambda f: with_cut_tokenizer(f, 4096),
         "tokenizer.json is a tokenizer of another kind",
     ),
     "adapter": (
