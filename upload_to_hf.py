@@ -96,8 +96,7 @@ def space_of(repo_id: str) -> str:
 
 
 def evaluation(checkpoint: dict, record) -> dict[str, tuple[str, float | int]]:
-    """Returns (name, value) by metric type of all that is known of how good it is and what it
-    cost."""
+    """Returns (name, value) by metric type: how good the model is, and what it cost."""
     loss = record.val_loss
     windows = checkpoint["training_config"].windows_per_step * record.step
     tokens = windows * checkpoint["gpt_config"].context_length
@@ -310,8 +309,7 @@ def build_space(folder: Path, repo_id: str) -> None:
 
 
 def folder_beside(output_dir: Path | None) -> tempfile.TemporaryDirectory:
-    """Returns a temporary folder beside `output_dir`, which must be new or empty. Raises
-    InputError."""
+    """Makes a temporary folder beside `output_dir`. Raises InputError where that is not empty."""
     if output_dir is None:
         return tempfile.TemporaryDirectory()
     with writing(output_dir, "pass another --output_dir"):

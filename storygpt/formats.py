@@ -257,8 +257,7 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
 
 
 def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state_dict` in float32, with a bias of zeros wherever it has none, and without the
-    head."""
+    """Returns `state_dict` in float32, with zeros for biases that it lacks, without the head."""
     tensors = {}
     for name, weight in state_dict.items():
         if name == "lm_head.weight":
@@ -283,8 +282,7 @@ def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
-    """Returns GPT-2's tokens and merges as its own files spell them, cut as `load_tokenizer` cuts
-    them."""
+    """Returns GPT-2's tokens and merges as its own files spell them, cut as by `load_tokenizer`."""
     end_of_text = load_tokenizer(vocab_size).eot_token
     encoder = json.loads(gpt2_file("encoder.json"))
     _, *merges = gpt2_file("vocab.bpe").strip().split("\n")
@@ -293,8 +291,7 @@ def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
 
 
 def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
-    """Returns the text of transformers' files, by name, for the BPE of
-    `load_tokenizer(vocab_size)`."""
+    """Returns the text of transformers' files by name, for `load_tokenizer(vocab_size)`."""
     vocab, merges = vocabulary(vocab_size)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": True}
