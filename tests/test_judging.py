@@ -190,6 +190,15 @@ def test_a_training_split_shorter_than_a_run_has_no_copies():
     assert same(search.share(12), [0, NAN]) and len(search.longest_run()) == 0
 
 
+def test_a_set_shorter_than_a_run_has_no_copies():
+    """As of one very short story, or of a model that ends at once."""
+    for story in ([], [1], [1, 2, 3]):
+        search = CopySearch([np.array(story, np.int64)], LENGTHS)
+        search.scan(np.arange(100, dtype=np.uint16))
+        assert search.longest == 0
+        assert all(same(search.share(n), [0.0 if story else NAN]) for n in LENGTHS)
+
+
 def test_no_copies_in_shuffled_text():
     rng = np.random.default_rng(1)
     train = np.array(TOKENIZER.encode_ordinary(" ".join(sample_stories(200))), "<u2")
