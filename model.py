@@ -34,15 +34,13 @@ def attention_weights(q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
 def written_out_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Computes softmax(q kᵀ / √d) v, the equation itself: y (..., T, d), and the weights (..., T,
-    S)."""
+    """Computes the equation itself: y = softmax(q kᵀ / √d) v (..., T, d), weights (..., T, S)."""
     weights = attention_weights(q, k, is_causal)
     return F.dropout(weights, dropout_p) @ v, weights
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
-    """Computes the same y by torch's fused kernel; written out, as in the reference, for a torch
-    without."""
+    """Computes the same y by torch's fused kernel, or as written out where torch has none."""
     if hasattr(F, "scaled_dot_product_attention"):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
     return written_out_attention(q, k, v, dropout_p, is_causal)[0]
@@ -337,8 +335,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Turns (B, vocab_size) finite logits into (B, 1) int64 ids; the arguments are those of
-    `stream`."""
+    """Turns (B, vocab_size) finite logits into (B, 1) int64 ids; arguments as in `stream`."""
     if temperature < 1e-6:  # so little that dividing by it would only lose digits
         return logits.argmax(-1, keepdim=True)
     vocab_size = logits.size(-1)

@@ -96,8 +96,7 @@ def space_of(repo_id: str) -> str:
 
 
 def evaluation(checkpoint: dict, record) -> dict[str, tuple[str, float | int]]:
-    """Returns (name, value) by metric type of all that is known of how good it is and what it
-    cost."""
+    """Returns (name, value) by metric type: how good the model is, and what it cost."""
     loss = record.val_loss
     windows = checkpoint["training_config"].windows_per_step * record.step
     tokens = windows * checkpoint["gpt_config"].context_length
@@ -123,11 +122,11 @@ def table(rows: Iterable[tuple]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def history(record) -> str:
+def history(record, base: str | None) -> str:
     """Says what the weights come from, as the card's first lines do."""
     from storygpt.sources import BUILTIN
 
-    data, base = record.data, record.base_model
+    data = record.data
     if not record.init_from:
         start = "from scratch"
     elif base:
@@ -182,7 +181,7 @@ def how_stories_read(path: Path, record) -> str:
     return ""
 
 
-def card_data(arguments: Arguments, record, metrics: dict):
+def card_data(arguments: Arguments, record, base: str | None, metrics: dict):
     """Returns the head of the card, which programs read, as a huggingface_hub ModelCardData."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -194,7 +193,7 @@ def card_data(arguments: Arguments, record, metrics: dict):
     return ModelCardData(
         language=arguments.language,
         license=arguments.license,
-        base_model=record.base_model,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "storygpt"],
@@ -230,6 +229,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
 
     config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
     metrics = evaluation(checkpoint, record)
+    base = record.base_model if record.base_model != repo_id else None  # none is its own base
     prompt, seeds = opening_of(checkpoint), range(arguments.seed, arguments.seed + 3)
     shell_prompt = shlex.quote(prompt)
     told = zip(seeds, generate_stories(model, prompt, seeds), strict=True)
@@ -244,7 +244,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
     body = Template(CARD.read_text(encoding="utf-8")).substitute(
         name=repo_id.split("/")[1],
         repo_id=repo_id,
-        history=history(record),
+        history=history(record, base),
         parameters=f"{record.parameters:,}",
         prompt=json.dumps(prompt, ensure_ascii=False),
         shell_prompt=shell_prompt,
@@ -265,7 +265,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
         settings=table((asdict(config) | recipe).items()),
     )
     body = re.sub(r"\n{3,}", "\n\n", body)  # where something is left out
-    head = card_data(arguments, record, metrics).to_yaml()
+    head = card_data(arguments, record, base=base, metrics=metrics).to_yaml()
     return ModelCard(f"---\n{head}\n---\n\n{body}")
 
 
@@ -309,8 +309,7 @@ def build_space(folder: Path, repo_id: str) -> None:
 
 
 def folder_beside(output_dir: Path | None) -> tempfile.TemporaryDirectory:
-    """Returns a temporary folder beside `output_dir`, which must be new or empty. Raises
-    InputError."""
+    """Makes a temporary folder beside `output_dir`. Raises InputError where that is not empty."""
     if output_dir is None:
         return tempfile.TemporaryDirectory()
     with writing(output_dir, "pass another --output_dir"):
@@ -374,11 +373,12 @@ def main() -> None:
             for repo in repos:
                 print(f"built in {repo.folder}; publish it without --dry_run")
             return
-        for done in publish(repos, token, private=arguments.private, replace=arguments.replace):
+        published = publish(repos, token, private=arguments.private, replace=arguments.replace)
+        for done in published:
             print(f"{'published:' if done.changed else 'nothing changed:'} {done.url}")
-            if done.kept_card:
+            if done.plan.keep_card:
                 print("its README.md was edited there, and is kept")
-    if arguments.space and arguments.private:
+    if arguments.space and published[0].plan.private:
         print(f"to read {arguments.repo_id} the Space needs a secret HF_TOKEN, in its settings")
 
 

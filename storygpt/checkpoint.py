@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict:
+def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint: tensors, numbers and the two config classes, nothing else.
 
     Raises InputError where there is no such file, it is damaged, or it is no StoryGPT checkpoint.
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         if damaged:
             raise zipfile.BadZipFile(damaged)
         with torch.serialization.safe_globals([GPTConfig, TrainingConfig]):
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for key, kind in KEYS.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is no StoryGPT checkpoint: it has no {key}")
@@ -82,8 +82,8 @@ def is_plain(weight) -> bool:
 
 
 def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False) -> None:
-    """Puts `state_dict` into `model`. Raises InputError where names or shapes do not fit it, or it
-    holds NaN or infinity."""
+    """Puts `state_dict` into `model`. Raises InputError where names or shapes do not fit it, it
+    holds NaN or infinity, or its head is not its embedding."""
     shapes, given = (
         {name: tuple(weight.shape) for name, weight in weights.items()}
         for weights in (model.state_dict(), state_dict)
@@ -103,6 +103,10 @@ def load_weights(model: GPT, state_dict: dict, path: Path, assign: bool = False)
                 f"{name} in {path} is not finite: the run that wrote it diverged; pass another "
                 "checkpoint"
             )
+    if not torch.equal(state_dict["lm_head.weight"], state_dict["wte.weight"]):
+        raise InputError(
+            f"{path} has a head that is not its embedding, which StoryGPT's model does not"
+        )
 
 
 class HubModel(NamedTuple):
@@ -118,7 +122,8 @@ class HubModel(NamedTuple):
 def on_the_hub(path: Path) -> HubModel | None:
     """Returns the model that a path means, if it is none here: owner/name, owner/name@revision, or
     the address of its page (in which a Path has one slash for two)."""
-    page = r"https?:/+(?:huggingface\.co|hf\.co)/([^/@]+/[^/@]+)(?:/(?:tree|blob)/([^/]+).*)?"
+    page = r"(?:https?:/+)?(?:huggingface\.co|hf\.co)/([^/@]+/[^/@?#]+)"
+    page += r"(?:/(?:tree|blob|resolve)/([^/?#]+).*|[?#].*)?"
     short = r"([^/@]+/[^/@]+)(?:@(.+))?"
     found = re.fullmatch(page, path.as_posix()) or re.fullmatch(short, path.as_posix())
     if not found or path.suffix == ".pt" or path.exists() or not is_hub_id(found[1]):

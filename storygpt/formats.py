@@ -26,12 +26,24 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of two, the first is rea
 
 # What a config.json may say and our model does; the first is also what it means by saying nothing.
 OURS = {
+    "tokenizer_class": (
+        *("GPT2Tokenizer", "GPT2TokenizerFast", None),
+        *("PreTrainedTokenizerFast", "TokenizersBackend"),  # of any kind: the files tell which
+    ),
+    "quantization_config": (None,),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+}
+# The names that transformers' models have in common, and GPT-2's own.
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 
 
@@ -48,6 +60,8 @@ def reading_weights(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         best = path.parent / BEST  # a run's folder
         mend = best if best.exists() else "another checkpoint"
+        if (path.parent / "adapter_config.json").exists():
+            mend = "what PEFT's merge_and_unload and then save_pretrained make of the adapter"
         raise InputError(
             f"{path.parent} is no model: it has no {path.name}; pass {mend}"
         ) from error
@@ -87,10 +101,11 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> tuple[GPTConfig, dict]:
     """Returns the shape in a folder's config.json, and what only StoryGPT writes there (else {}).
 
-    Raises InputError with whatever it asks of a model that ours does not do.
+    Raises InputError with whatever it asks of a model that ours does not do, and as
+    `end_of_text_in` does.
     """
     path = folder / "config.json"
-    config = read_json(path)
+    config = {GPT2_NAMES.get(name, name): value for name, value in read_json(path).items()}
     if config.get("model_type") != "gpt2":
         raise InputError(f"{path} is a {config.get('model_type')} model's: only GPT-2's are read")
     with reading_weights(path):
@@ -103,10 +118,16 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
                     f"there it is {values[0]!r}"
                 )
         ours = config.get("storygpt", {})
+        rows = config.get("vocab_size", GPT2_VOCAB_SIZE)
+        # Rows after end-of-text, for speed or for special tokens, are of no text: a few.
+        tokens = min(rows, GPT2_VOCAB_SIZE)
+        ends = range(tokens - 1000, tokens)
+        end_of_text = end_of_text_in(folder, ends)
+        if end_of_text is None and ours and config.get("eos_token_id") in ends:
+            end_of_text = config["eos_token_id"]
         try:
             shape = GPTConfig(
-                # embeddings past GPT-2's, for speed or for special tokens, are of no text
-                vocab_size=min(config.get("vocab_size", GPT2_VOCAB_SIZE), GPT2_VOCAB_SIZE),
+                vocab_size=tokens if end_of_text is None else end_of_text + 1,
                 context_length=config.get("n_positions", 1024),
                 n_layer=config.get("n_layer", 12),
                 n_head=config.get("n_head", 12),
@@ -120,28 +141,37 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict]:
         return shape, ours
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Raises InputError where the folder's tokenizer, if it has one, is not GPT-2's, whole or cut
-    to `vocab_size` as `load_tokenizer` cuts it."""
+def end_of_text_in(folder: Path, ends: range) -> int | None:
+    """Returns the id of end-of-text, the last token of text, in a folder's tokenizer, if it has
+    one.
+
+    Raises InputError where that is not GPT-2's, whole or cut as `load_tokenizer` cuts it, with an
+    end that is among `ends`.
+    """
     path = folder / "tokenizer.json"
     if path.is_file():
         with reading_weights(path):
             bpe = read_json(path)["model"]
-            vocab, merges = bpe["vocab"], bpe["merges"]
+            vocab = dict(bpe["vocab"])  # pairs where it is no BPE
             # a pair is "a b" or, since tokenizers 0.20, ["a", "b"]
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+            merges = [m if isinstance(m, str) else " ".join(m) for m in bpe.get("merges", ())]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
         with reading_weights(path):
             lines = path.read_text(encoding="utf-8").splitlines()
             merges = [line for line in lines if line and not line.startswith("#version")]
+    elif others := [*folder.glob("vocab.txt"), *folder.glob("*.model")]:  # BERT's, SentencePiece's
+        path, vocab, merges = others[0], {}, []
     else:
-        return
-    ours, our_merges = vocabulary(vocab_size)
+        return None
     with reading_weights(path):
-        vocab = {token: i for token, i in vocab.items() if i < vocab_size}
-    if vocab != ours or merges != our_merges:
-        raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
+        end_of_text = vocab.get(END_OF_TEXT, -1)
+        known = {token: i for token, i in vocab.items() if i <= end_of_text}
+        # GPT-2's tokens are 256 bytes, one a merge, and the end
+        counted = end_of_text in ends and end_of_text == 256 + len(merges)
+        if not counted or (known, merges) != vocabulary(end_of_text + 1):
+            raise InputError(f"{path} is a tokenizer of another kind: only GPT-2's is read")
+    return end_of_text
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -181,12 +211,7 @@ def read_folder(folder: Path) -> dict:
     Raises InputError where it is damaged, or is something that StoryGPT's model does not do.
     """
     config, ours = read_config(folder)
-    check_tokenizer(folder, config.vocab_size)
-    tensors = read_tensors(folder)
-    try:
-        state_dict = from_transformers(tensors, config.vocab_size)
-    except ValueError as error:
-        raise InputError(f"{folder} has {error}, which StoryGPT's model does not") from error
+    state_dict = from_transformers(read_tensors(folder), config.vocab_size)
     biases = [name for name in state_dict if name.endswith("bias")]
     if config.bias or any(state_dict[name].any() for name in biases):
         config = replace(config, bias=True)  # others also train those that were zeros
@@ -211,21 +236,20 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
     """Returns transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with
     biases.
 
-    Its linear layers are (in, out). Raises ValueError where its head is not its embedding.
+    Its linear layers are (in, out), and its head may be missing.
     """
     state_dict = {}
     for name, weight in tensors.items():
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             continue  # the causal mask, which old versions stored
-        weight = weight.T if ".c_" in name and weight.dim() == 2 else weight
+        if weight.dim() == 2 and ".c_" in name:
+            weight = weight.T
+        elif weight.dim() == 2 and name in ("wte.weight", "lm_head.weight"):
+            weight = weight[:vocab_size]
         state_dict[name] = weight.float().contiguous()
-    if "wte.weight" in state_dict and state_dict["wte.weight"].dim() == 2:
-        head = state_dict.get("lm_head.weight", state_dict["wte.weight"])
-        if not torch.equal(head, state_dict["wte.weight"]):
-            raise ValueError("a head that is not its embedding")
-        state_dict["wte.weight"] = state_dict["wte.weight"][:vocab_size]
-        state_dict["lm_head.weight"] = state_dict["wte.weight"]
+    if "wte.weight" in state_dict:
+        state_dict.setdefault("lm_head.weight", state_dict["wte.weight"])
     return state_dict
 
 
@@ -233,8 +257,7 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
 
 
 def with_biases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state_dict` in float32, with a bias of zeros wherever it has none, and without the
-    head."""
+    """Returns `state_dict` in float32, with zeros for biases that it lacks, without the head."""
     tensors = {}
     for name, weight in state_dict.items():
         if name == "lm_head.weight":
@@ -259,8 +282,7 @@ def to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
-    """Returns GPT-2's tokens and merges as its own files spell them, cut as `load_tokenizer` cuts
-    them."""
+    """Returns GPT-2's tokens and merges as its own files spell them, cut as by `load_tokenizer`."""
     end_of_text = load_tokenizer(vocab_size).eot_token
     encoder = json.loads(gpt2_file("encoder.json"))
     _, *merges = gpt2_file("vocab.bpe").strip().split("\n")
@@ -269,8 +291,7 @@ def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[str]]:
 
 
 def tokenizer_files(vocab_size: int, context_length: int) -> dict[str, str]:
-    """Returns the text of transformers' files, by name, for the BPE of
-    `load_tokenizer(vocab_size)`."""
+    """Returns the text of transformers' files by name, for `load_tokenizer(vocab_size)`."""
     vocab, merges = vocabulary(vocab_size)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": True}

@@ -32,9 +32,10 @@ TRIES = (2, 4)  # seconds to wait before the second and third try
 COMMIT = re.compile("[0-9a-f]{40}")
 PARQUET = "refs/convert/parquet"  # the branch where the Hub keeps most data sets as parquet
 MODEL_FILES = [  # what read_folder reads, and what transformers needs beside it offline
-    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "*.model"),  # of other tokenizers, by which read_folder knows them
 ]
 OLDER_MODEL_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -280,7 +281,7 @@ def download_model(name: str, revision: str | None = None) -> Path:
     if "config.json" not in repo.files:
         raise InputError(f"{name} is no model that this reads: it has no config.json")
     files = list(filter_repo_objects(repo.files, allow_patterns=MODEL_FILES))
-    if not any(file.endswith(".safetensors") for file in files):  # most repos hold both kinds
+    if not any(file.startswith("model.safetensors") for file in files):  # most hold both kinds
         files += filter_repo_objects(repo.files, allow_patterns=OLDER_MODEL_FILES)
     for file in files:
         fetch(repo, file)
@@ -320,6 +321,7 @@ class Plan(NamedTuple):
 
     before: str
     """The commit that the repo is at."""
+    private: bool
     keep_card: bool
     """Whether its README.md was edited there, and is left as it is."""
     delete: list[str]
@@ -331,16 +333,16 @@ class Published(NamedTuple):
     url: str
     changed: bool
     """Whether anything was new to the repo."""
-    kept_card: bool
+    plan: Plan
 
 
 def publish(repos: list[Built], token: str, private: bool, replace: bool) -> list[Published]:
     """Sends each folder as one commit to its repo, made if need be, once all of them may be sent.
 
-    The first of `repos` is the model's. What an earlier commit of ours put there, and the folder
-    lacks, is deleted. What others have put there is touched with `replace` alone: without it a
-    README.md edited there is kept where the model has the same weights there, and all else that is
-    in the way is an InputError.
+    The first of `repos` is the model's, and where it is private those that are made beside it are.
+    What an earlier commit of ours put there, and the folder lacks, is deleted. What others have put
+    there is touched with `replace` alone: without it a README.md edited there is kept where the
+    model has the same weights there, and all else that is in the way is an InputError.
     """
     from huggingface_hub import HfApi
 
@@ -348,10 +350,16 @@ def publish(repos: list[Built], token: str, private: bool, replace: bool) -> lis
     for repo in repos:
         with failures_explained(repo, token):
             check_card(repo)
-            commit, there = open_remote(api, repo, private)
+            hidden = private or any(plan.private for plan in plans)
+            info, there = open_remote(api, repo, hidden)
+        if private and not info.private:
+            raise InputError(
+                f"{repo.repo_id} exists and is public: make it private in its settings on the Hub, "
+                "leave out --private, or pass another --repo_id"
+            )
         if not plans:
             same_weights = holds_weights(there, repo.folder)
-        plans.append(make_plan(repo, commit, there, same_weights=same_weights, replace=replace))
+        plans.append(make_plan(repo, info, there, same_weights=same_weights, replace=replace))
     for repo, plan in zip(repos, plans, strict=True):
         with failures_explained(repo, token):
             published.append(send(api, repo, plan))
@@ -386,12 +394,9 @@ def check_card(repo: Built) -> None:
         raise InputError(f"the Hub refuses the {repo.kind} card: {reasons}") from error
 
 
-def open_remote(api, repo: Built, private: bool) -> tuple[str, dict]:
-    """Makes a repo if there is none; returns its commit, and its files by path as
-    huggingface_hub's RepoFile with the last commit of each.
-
-    Raises InputError where it is public and was not to be.
-    """
+def open_remote(api, repo: Built, private: bool) -> tuple:
+    """Makes a repo if there is none; returns what the Hub says of it, and its files by path as
+    huggingface_hub's RepoFile with the last commit of each."""
     from huggingface_hub import RepoFile
 
     def open_it():
@@ -407,12 +412,7 @@ def open_remote(api, repo: Built, private: bool) -> tuple[str, dict]:
         return list(tree), api.repo_info(repo.repo_id, repo_type=repo.kind)
 
     entries, info = retry(open_it)
-    if private and not info.private:
-        raise InputError(
-            f"{repo.repo_id} exists and is public: make it private in its settings on the Hub, "
-            "leave out --private, or pass another --repo_id"
-        )
-    return info.sha, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    return info, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def holds_weights(there: dict, folder: Path) -> bool:
@@ -423,8 +423,9 @@ def holds_weights(there: dict, folder: Path) -> bool:
     return bool(weights and weights.lfs and weights.lfs.sha256 == ours)
 
 
-def make_plan(repo: Built, commit: str, there: dict, same_weights: bool, replace: bool) -> Plan:
-    """Returns what sending a folder does to a repo that is at `commit` and holds the files `there`.
+def make_plan(repo: Built, info, there: dict, same_weights: bool, replace: bool) -> Plan:
+    """Returns what sending a folder does to a repo of which the Hub says `info`, and which holds
+    the files `there`.
 
     Raises InputError where what others have put there is in the way.
     """
@@ -445,7 +446,7 @@ def make_plan(repo: Built, commit: str, there: dict, same_weights: bool, replace
             "this in its place"
         )
     gone = sorted((ours | in_the_way) - sent - {".gitattributes"})
-    return Plan(before=commit, keep_card=keep_card, delete=gone)
+    return Plan(before=info.sha, private=info.private, keep_card=keep_card, delete=gone)
 
 
 def send(api, repo: Built, plan: Plan) -> Published:
@@ -462,4 +463,4 @@ def send(api, repo: Built, plan: Plan) -> Published:
     )
     place = f"spaces/{repo.repo_id}" if repo.kind == "space" else repo.repo_id
     changed = retry(upload).oid != plan.before
-    return Published(f"{api.endpoint}/{place}", changed=changed, kept_card=plan.keep_card)
+    return Published(f"{api.endpoint}/{place}", changed=changed, plan=plan)

@@ -77,8 +77,7 @@ def all_windows(
 
 @torch.no_grad()
 def exact_loss(model: GPT, tokens: np.ndarray, end_of_text: int, batch_size: int) -> float:
-    """Returns the mean loss in nats over all `tokens` (uint16), each scored once; summed in
-    float64."""
+    """Returns the mean loss in nats over all `tokens` (uint16), each of them scored once."""
     device, losses, sizes = next(model.parameters()).device, [], []
     batches = all_windows(tokens, end_of_text, model.config.context_length, batch_size)
     with progress_bar(total=len(tokens), unit=" tokens", desc="scoring") as bar:

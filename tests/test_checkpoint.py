@@ -102,6 +102,15 @@ def test_strangers_are_refused_in_one_sentence_and_run_nothing(tmp_path):
     assert not (tmp_path / "proof").exists()
 
 
+def test_a_head_of_its_own_is_refused_and_not_lost(tmp_path):
+    """Our model has none: what it would compute with the embedding in its place is another's."""
+    weights = new_checkpoint()["model_state_dict"]
+    weights["lm_head.weight"] = weights["wte.weight"] + 1
+    save_checkpoint(tmp_path / "a.pt", new_checkpoint(model_state_dict=weights))
+    with pytest.raises(InputError, match="a head that is not its embedding"):
+        load_model(tmp_path / "a.pt")
+
+
 def test_a_checkpoint_of_an_older_version_has_as_many_validation_windows_as_it_had(tmp_path):
     """It counted batches of batch_size windows."""
     older = replace(TrainingConfig(), batch_size=16)

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import nats_of_windows
+from conftest import nats_of_windows, write_data
 from matplotlib.figure import Figure
 
 import evaluate
@@ -37,6 +37,18 @@ def test_losses_agree_with_float64(small, split):
         ("story_bits_per_byte", alone / bits),
     ):
         assert report[name] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_a_split_shorter_than_a_window_is_scored_all_the_same(small, tmp_path):
+    meta = write_data(tmp_path, train=small.train[:2], validation=["Tom ran. Mia sat."])
+    arguments = evaluate.Arguments(data_dir=tmp_path, num_stories=1)
+    model = small.model("long")
+    report = evaluate.score(model, {"step": 7}, meta, arguments)
+    ids = [*TOKENIZER.encode_ordinary("Tom ran. Mia sat."), 511]
+    nats = nats_of_windows(model.double(), ids, context_length=280, step=280)
+    assert report["loss"] == pytest.approx(nats / len(ids), rel=1e-5)
+    judged = evaluate.judge(small.model("long"), meta, arguments)
+    assert judged["columns"]["held-out"]["length"] == [4, 4, 4]
 
 
 ASKED = {"temperature": 0.9, "top_k": 9, "top_p": 0.6, "seed": 5}

@@ -80,6 +80,16 @@ def as_bin(folder: Path, **options) -> Path:
     return folder
 
 
+def common_names(folder: Path) -> Path:
+    """`folder` with a config.json as other programs write it, which transformers reads, too."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["num_attention_heads"] = config.pop("n_head")
+    config["num_hidden_layers"] = config.pop("n_layer")
+    path.write_text(json.dumps(config))
+    return folder
+
+
 GPT2S = {
     "plain": write_gpt2,
     "without transformer.": lambda f: write_gpt2(f, bare=True),
@@ -96,6 +106,7 @@ GPT2S = {
         )
     ),
     "masks and head stored": lambda f: rewrite(write_gpt2(f), lambda t: with_head(with_masks(t))),
+    "names that all models have in common": lambda f: common_names(write_gpt2(f, n_head=4)),
     "pytorch_model.bin": lambda f: as_bin(write_gpt2(f)),
     "pytorch_model.bin of old": lambda f: as_bin(
         write_gpt2(f), _use_new_zipfile_serialization=False
@@ -149,9 +160,46 @@ def test_gpt2s_tokenizer_is_known_in_each_of_its_spellings(tmp_path):
     load_model(with_tokenizer(folder, "tokenizer.json"))
 
 
+@pytest.mark.parametrize("size", [512, 50257])
+def test_rows_that_others_added_are_of_no_text_in_any_vocabulary(size, tmp_path):
+    """A pad token of its own, as many recipes add it: the end of a story is what it was."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = GPT(GPTConfig(size, context_length=48, n_layer=1, n_head=2, n_embd=16))
+    run = {"gpt_config": model.config, "model_state_dict": model.state_dict()}
+    run |= {"training_config": TrainingConfig(), "step": 7, "val_loss": 2.5}
+    write_folder(tmp_path, run)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    for folder, multiple in ((tmp_path / "pad", None), (tmp_path / "fast", 64)):
+        theirs.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
+        theirs.save_pretrained(folder)
+        for _ in range(2):  # without its tokenizer, and with it
+            loaded, said = load_model(folder)
+            assert loaded.config == model.config and said["step"] == 7
+            assert torch.equal(loaded.wte.weight, model.wte.weight)
+            tokenizer.save_pretrained(folder)
+
+
 def edit_config(folder: Path, **changes) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def with_model(folder: Path, **model) -> Path:
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
+    return folder
+
+
+def with_cut_tokenizer(folder: Path, size: int) -> Path:
+    (folder / "tokenizer.json").write_text(tokenizer_files(size, 64)["tokenizer.json"])
+    return folder
+
+
+def with_file(folder: Path, name: str) -> Path:
+    (folder / name).write_bytes(b"[PAD]\n[UNK]\n")
     return folder
 
 
@@ -214,6 +262,46 @@ FOREIGN = {
     "classifier": (
         lambda f: rewrite(f, lambda t: t | {"score.weight": torch.ones(2, 32)}),
         "score.weight is (2, 32), where the model has none",
+    ),
+    "quantized": (
+        lambda f: edit_config(f, quantization_config={"load_in_8bit": True}),
+        "quantization_config {'load_in_8bit': True}, which StoryGPT's model does not do",
+    ),
+    "BERT's tokenizer by name": (
+        lambda f: edit_config(f, tokenizer_class="BertTokenizer", vocab_size=21128),
+        "tokenizer_class 'BertTokenizer'",
+    ),
+    "BERT's tokenizer": (
+        lambda f: with_file(f, "vocab.txt"),
+        "vocab.txt is a tokenizer of another kind",
+    ),
+    "SentencePiece": (
+        lambda f: with_file(f, "spiece.model"),
+        "spiece.model is a tokenizer of another kind",
+    ),
+    "WordPiece": (
+        lambda f: with_model(f, type="WordPiece", vocab={"[PAD]": 0, "a": 1}),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "Unigram": (
+        lambda f: with_model(f, type="Unigram", vocab=[["<unk>", 0.0], ["a", -1.5]]),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "an end of text of its own": (
+        lambda f: with_model(f, type="BPE", vocab={"<|endoftext|>": 0, "a": 1}, merges=[]),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "more tokens than rows": (
+        lambda f: with_tokenizer(write_gpt2(f / "s", vocab_size=512), "tokenizer.json"),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "the tokenizer of a smaller model": (
+        lambda f: with_cut_tokenizer(f, 4096),
+        "tokenizer.json is a tokenizer of another kind",
+    ),
+    "adapter": (
+        lambda f: drop(with_file(f, "adapter_config.json"), "config.json"),
+        "has no config.json; pass what PEFT's merge_and_unload and then save_pretrained make",
     ),
     "another tokenizer": (
         lambda f: with_tokenizer(f, "tokenizer.json", swap=1000),

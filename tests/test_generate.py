@@ -230,6 +230,9 @@ def test_a_model_is_known_by_its_weights_file_its_address_and_its_revision(
             (f"you/x@{old}", 0),
             ("https://huggingface.co/you/x", 1),
             ("https://huggingface.co/you/x/", 1),
+            ("https://huggingface.co/you/x?library=transformers", 1),
+            ("hf.co/you/x", 1),
+            (f"https://huggingface.co/you/x/resolve/{old}/model.safetensors?download=true", 0),
             (f"https://huggingface.co/you/x/tree/{old}", 0),
             (f"https://huggingface.co/you/x/blob/{old}/model.safetensors", 0),
         ):

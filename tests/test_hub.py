@@ -307,7 +307,8 @@ def test_a_model_is_had_at_one_commit_without_what_nobody_reads(script, hub, tmp
     files = {"config.json": b"{}", "tokenizer.json": b"{}", "notes.md": b"", "a/config.json": b"1"}
     weights = {"model.safetensors": b"new", "pytorch_model.bin": b"old"}
     repo = hub.add("models/you/model", files | weights)
-    hub.add("models/you/older", files | {"pytorch_model.bin": b"old"})
+    older = {"pytorch_model.bin": b"old", "model.fp16.safetensors": b"of no use"}
+    hub.add("models/you/older", files | older)
 
     def download(name: str, **environment) -> tuple[dict[str, bytes], str, str]:
         """The files, the name of their folder, and what was said."""

@@ -56,6 +56,12 @@ def test_what_is_a_sentence():
         "Tom ran.", '"Look!" said Mia.', '"A cat!"', "She sat", "Then they left."
     ]  # fmt: skip
     assert sentences(" ") == []
+    for text in (  # in other scripts
+        "从前有一只猫。|它说：「走吧！」|真的吗？！|他们走了。",
+        "एक बिल्ली थी। |वह खुश थी।",
+        "كانت هناك قطة. |هل رأيتها؟ |نعم.",
+    ):
+        assert sentences(text.replace("|", "")) == text.replace(" |", "|").split("|")
 
 
 def test_a_story_ends_where_it_says_so_or_where_the_context_does():
@@ -182,6 +188,15 @@ def test_a_training_split_shorter_than_a_run_has_no_copies():
     search = CopySearch([np.arange(30), np.array([], int)], LENGTHS)
     search.scan(np.arange(5, dtype="<u2"))
     assert same(search.share(12), [0, NAN]) and len(search.longest_run()) == 0
+
+
+def test_a_set_shorter_than_a_run_has_no_copies():
+    """As of one very short story, or of a model that ends at once."""
+    for story in ([], [1], [1, 2, 3]):
+        search = CopySearch([np.array(story, np.int64)], LENGTHS)
+        search.scan(np.arange(100, dtype=np.uint16))
+        assert search.longest == 0
+        assert all(same(search.share(n), [0.0 if story else NAN]) for n in LENGTHS)
 
 
 def test_no_copies_in_shuffled_text():
@@ -364,6 +379,16 @@ def test_a_story_that_is_white_space_as_far_as_the_context_goes_has_no_opening(s
     train = tokens_of(small.train[:2])
     judged = judge_stories(sets, model, train, batch_size=16, builtin=True, seed=1)
     assert judged["columns"]["held-out"]["length"] == [0, 0, 0]
+
+
+def test_a_story_of_one_sentence_is_not_told_to_its_end_by_its_opening(small):
+    """Or the column would show the held-out story, however bad the model is."""
+    model, settings = small.model("short"), GenerationSettings(max_new_tokens=64)
+    text = "Tom and Mia and the dog and the cat ran and ran and ran."
+    sets = collect_stories(model, held_out([text]), num_stories=1, settings=settings, seed=1)
+    (told,), ids = sets["told from first sentences"], TOKENIZER.encode_ordinary(text)
+    assert told.ids[: len(ids) // 2].tolist() == ids[: len(ids) // 2]
+    assert told.ids[: len(ids)].tolist() != ids
 
 
 def test_more_stories_than_are_held_out_cannot_be_compared(small):

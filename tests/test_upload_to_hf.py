@@ -388,6 +388,22 @@ def test_a_checkpoint_of_an_older_version_is_published_without_its_data(
     assert all(text.startswith("Once upon a time") for _, text in stories_on(card))
 
 
+def test_what_goes_on_from_an_earlier_state_of_its_repo_is_not_its_own_base(
+    script, small_run, tmp_path
+):
+    checkpoint = load_checkpoint(small_run.checkpoint)
+    checkpoint["record"]["init_from"] = {"checkpoint": "you/StoryGPT@v1", "sha256": "0"}
+    save_checkpoint(tmp_path / "second.pt", checkpoint)
+    flags = ("--checkpoint", tmp_path / "second.pt", "--dry_run", "--gguf", "none")
+    for repo_id in ("you/StoryGPT", "you/Second"):
+        out = tmp_path / repo_id.split("/")[1]
+        result = script("upload_to_hf.py", "--repo_id", repo_id, *flags, "--output_dir", out)
+        assert result.code == 0, result.output
+        card, second = (out / "README.md").read_text(), "Second" in repo_id
+        assert ("\nbase_model: you/StoryGPT\n" in card) == second
+        assert ("from weights of another run" in card) != second
+
+
 def test_no_command_line_puts_other_data_on_a_card(script, fails, small_run, data_dir, tmp_path):
     flags = (*small_run.flags, "--dry_run", "--output_dir", tmp_path / "out")
     says = f"{data_dir} does not hold the data that"
@@ -570,6 +586,16 @@ def test_a_space_is_left_to_whoever_edits_it_and_sent_only_with_its_model(
     assert len(model.commits) == 2 and len(page.commits) == 3
     assert script(*other, "--replace", **environment).code == 0
     assert len(model.commits) == 3 and page.commits[-1]["README.md"] == page.commits[1]["README.md"]
+
+
+def test_the_space_of_a_private_model_is_private(script, small_run, hub, tmp_path):
+    """However it came to be private: in its settings, or by its organization's."""
+    hub.add("models/you/StoryGPT", {}, private=True)
+    environment = hub.environment(tmp_path / "hf")
+    result = script("upload_to_hf.py", *small_run.flags, "--space", **environment)
+    assert result.code == 0, result.output
+    assert hub.repos["spaces/you/StoryGPT-space"].private
+    assert "the Space needs a secret HF_TOKEN" in result.output
 
 
 # (faults, what the output says, exit status, commits on the server); Retry-After keeps waits short

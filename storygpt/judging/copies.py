@@ -67,7 +67,7 @@ class CopySearch:
         """Returns the share of each story's tokens inside a run of at least `n` that was found:
         (stories,) float64, NaN for an empty story."""
         covered = np.zeros(len(self.ids), bool)
-        for i in range(n):  # a window covers its first token, its second, ...
+        for i in range(min(n, len(covered))):  # a window covers its first token, its second, ...
             covered[i:] |= self.found[n][: len(covered) - i]
         stories = np.split(covered, np.flatnonzero(self.ids == GAP))[1:]
         return np.array([story[1:].mean() if len(story) > 1 else np.nan for story in stories])

@@ -51,16 +51,20 @@ def collect_stories(
     picked = np.random.default_rng(seed).choice(len(held_out), num_stories, replace=False)
     whole = [[*held_out[i].tolist(), end_of_text] for i in picked]
     real = [read_story(ids, tokenizer, context_length) for ids in whole]
-    first = ["".join(sentences(story.text)[:1]) for story in real]  # nothing of white space
 
-    def generate(openings: Sequence[str]) -> list[Story]:
-        starts = [[end_of_text, *tokenizer.encode_ordinary(opening)] for opening in openings]
+    def opening(text: str) -> list[int]:
+        first, *others = sentences(text) or [""]  # nothing of white space
+        ids = tokenizer.encode_ordinary(first)
+        return ids if others else ids[: len(ids) // 2]  # or nothing would be left to tell
+
+    def generate(openings: Sequence[list[int]]) -> list[Story]:
+        starts = [[end_of_text, *ids] for ids in openings]
         rows = generate_ids(model, starts, seed, settings)
         return [read_story(row[1:], tokenizer, context_length) for row in rows]
 
     return {
-        "told from nothing": generate([""] * num_stories),
-        "told from first sentences": generate(first),
+        "told from nothing": generate([[]] * num_stories),
+        "told from first sentences": generate([opening(story.text) for story in real]),
         "held-out": real,
     }
 

@@ -44,11 +44,16 @@ def read_story(ids: Sequence[int], tokenizer: tiktoken.Encoding, most: int) -> S
     return Story(np.array(ids, np.int64), text.strip(), ended)
 
 
+SENTENCE_END = re.compile(
+    r"""(?<=[.!?।؟۔])\s+|(?<=[.!?]["”'])\s+(?![a-z])|\n+"""
+    r"""|(?<=[。！？])\s*(?![\s」』”’。！？])|(?<=[。！？][」』”’])\s*"""  # nothing stands between
+)
+
+
 def sentences(text: str) -> list[str]:
     """Splits a text into sentences. `"Look!" said Tom.` is one: after a quotation a small letter
     goes on."""
-    parts = re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["”'])\s+(?![a-z])|\n+""", text.strip())
-    return [part for part in parts if part]
+    return [part for part in SENTENCE_END.split(text.strip()) if part]
 
 
 def words(text: str) -> list[str]:
@@ -101,8 +106,7 @@ def well_formed(stories: Sequence[Story]) -> np.ndarray:
 
 
 def find_names(text: str) -> set[str]:
-    """Finds the words that `text` writes with a capital inside sentences more often than without
-    one."""
+    """Finds the words that `text` writes with a capital inside sentences more often than not."""
     capital = Counter(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text))
     small = Counter(re.findall(r"\b[a-z]+", text))
     return {word for word, count in capital.items() if count > small[word.lower()]}
@@ -220,8 +224,7 @@ def with_interval(name: str, values: np.ndarray, seed: int) -> list[float] | Non
 
 
 def story_table(columns: dict[str, dict[str, list[float] | None]]) -> str:
-    """Writes a Markdown table of rows: {title of a column: {name of a row: its
-    numbers}}."""
+    """Writes {title of a column: {name of a row: its numbers}} as a Markdown table."""
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     for name, row in ROWS.items():
         if any(name in column for column in columns.values()):
