@@ -22,8 +22,8 @@ class Arguments:
     """Tell stories."""
 
     prompt: str | None = None
-    """How the story begins: as most of the model's own stories do unless given; "" leaves that to
-    the model. One that begins with a dash: --prompt=-Hello."""
+    """How the story begins: as most of the model's own stories do unless given; --prompt=
+    leaves that to the model. One that begins with a dash: --prompt=-Hello."""
     checkpoint: Path = DEFAULT_CHECKPOINT
     """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub: owner/name,
     owner/name@revision or its address."""
