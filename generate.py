@@ -67,7 +67,7 @@ def converse(model, arguments: Arguments) -> None:
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401, input() then has history and arrow keys
     sys.stdin.reconfigure(errors="replace", newline=None)  # lines may end as on Windows
-    question = "> " if sys.stdin.isatty() else ""
+    question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # a file is stories alone
     prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
     while True:
         try:

@@ -1062,6 +1062,18 @@ def test_on_paper_a_story_is_dark_on_light_and_has_no_buttons(space, browser):
     assert not visitor.all("#back")[0].is_displayed()
 
 
+def test_where_the_system_chooses_the_colours_a_bar_is_still_seen(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.look_inside()
+    shown = "getComputedStyle(document.querySelector('%s')).backgroundColor"
+    plain = [visitor.run(shown % selector) for selector in ("#bars s", "#tokens .told")]
+    forced = [{"name": "forced-colors", "value": "active"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": forced})
+    assert visitor.run("matchMedia('(forced-colors: active)').matches")
+    assert visitor.run(shown % "#tell") != plain[0]  # what is not excepted is forced
+    assert [visitor.run(shown % s) for s in ("#bars s", "#tokens .told")] == plain
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [320, 1280])
 def test_the_keyboard_reaches_and_uses_everything(space, browser, width, dark):
