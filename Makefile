@@ -37,9 +37,10 @@ lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Not .venv: a Python that lacks venv's parts (Debian's, without python3-venv) makes that and fails.
 NEEDS = StoryGPT needs Python 3.11 or newer
 CHECK = import sys; sys.exit(sys.version_info < (3, 11) and '$(NEEDS): make PYTHON=python3.12 demo')
+
+# Not .venv: a Python that lacks venv's parts (Debian's, without python3-venv) makes that and fails.
 .venv/bin/pip:
 	$(PYTHON) -c "$(CHECK)"
 	$(PYTHON) -m venv .venv

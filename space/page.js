@@ -247,7 +247,8 @@ function showStories() {
     const look = button("Look inside");
     copied.onclick = () => copy(story.given + stories[i].text, copied);
     look.onclick = () => lookInside(i);
-    const paragraph = make("p", { dir: "auto", translate: false }, make("mark", { textContent: story.given }), text);
+    const given = make("mark", { textContent: story.given });
+    const paragraph = make("p", { dir: "auto", translate: false }, given, text);
     const article = make("article", {}, paragraph, make("footer", {}, count, copied, look));
     return { article, text, count, look };
   });
