@@ -394,6 +394,16 @@ def test_the_hours_are_the_arithmetic_that_stands_below_them():
                 assert number(cell) == pytest.approx(hours, rel=0.07)
 
 
+def test_the_hours_of_the_front_page_are_those_of_the_table():
+    (header,) = re.findall(r"^\| hours \| (.+) \|$", read(ROOT / "docs/training.md"), re.M)
+    machines, predicted = header.split(" | "), preset_rows("| hours ")
+    rows = re.findall(r"^\| (.+?) \| `(\w+)`.*? \| ([\d., ]+) \| [\d.]+ \|$", read(DOCS[0]), re.M)
+    assert len(rows) == 3
+    for names, name, hours in rows:
+        names = names.replace("free ", "").split(", ")
+        assert hours.split(", ") == [predicted[name][machines.index(n)] for n in names]
+
+
 def test_what_the_symptoms_quote_is_what_the_code_says():
     paths = [*ROOT.glob("*.py"), *ROOT.glob("storygpt/*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(map(read, paths)))  # sentences of several lines
