@@ -1,4 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: they set up .venv themselves.
+# Any make will do. (.venv/bin/pip is never called: in a clone that was copied or moved it would
+# install into the one that it comes from.)
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -35,19 +37,23 @@ lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+NEEDS = StoryGPT needs Python 3.11 or newer
+CHECK = import sys; sys.exit(sys.version_info < (3, 11) and '$(NEEDS): make PYTHON=python3.12 demo')
+
 # Not .venv: a Python that lacks venv's parts (Debian's, without python3-venv) makes that and fails.
 .venv/bin/pip:
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'StoryGPT needs Python 3.11')"
+	$(PYTHON) -c "$(CHECK)"
 	$(PYTHON) -m venv .venv
 
-.venv/requirements: requirements.txt | .venv/bin/pip
-	$(BIN)/pip install --quiet --requirement requirements.txt
+.venv/requirements: requirements.txt .venv/bin/pip
+	@$(BIN)/python -c "$(CHECK)" || (echo ".venv has another Python: remove it first"; exit 1)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
 .venv/requirements-app: space/requirements.txt .venv/requirements
-	$(BIN)/pip install --quiet --requirement space/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement space/requirements.txt
 	touch $@
 
 .venv/requirements-dev: requirements-dev.txt space/requirements.txt .venv/requirements
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@

@@ -22,8 +22,8 @@ class Arguments:
     """Tell stories."""
 
     prompt: str | None = None
-    """How the story begins: as most of the model's own stories do unless given; "" leaves that to
-    the model. One that begins with a dash: --prompt=-Hello."""
+    """How the story begins: as most of the model's own stories do unless given; --prompt=
+    leaves that to the model. One that begins with a dash: --prompt=-Hello."""
     checkpoint: Path = DEFAULT_CHECKPOINT
     """A .pt file, a folder in the layout of transformers' GPT-2, or a model on the Hub: owner/name,
     owner/name@revision or its address."""
@@ -67,7 +67,7 @@ def converse(model, arguments: Arguments) -> None:
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401, input() then has history and arrow keys
     sys.stdin.reconfigure(errors="replace", newline=None)  # lines may end as on Windows
-    question = "> " if sys.stdin.isatty() else ""
+    question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # a file is stories alone
     prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
     while True:
         try:

@@ -32,7 +32,6 @@ from fastapi import HTTPException, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from huggingface_hub import metadata_load, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
@@ -46,6 +45,7 @@ OPENING = "Once upon a time"  # of a model that does not say how its stories beg
 AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
 MOST_VISITORS = 300
 MOST_BYTES = 60_000  # of a request
+PATIENCE = 300  # seconds in which a visitor must have sent, or read, a piece
 MOST_NEW_TOKENS = 1000
 SHOWN_EVERY = 0.05  # seconds: faster is more than eyes follow
 
@@ -98,9 +98,10 @@ def default_model() -> str | None:
 
 def title(folder: Path) -> str:
     """Returns what its card calls the model in a folder, else the folder's own name."""
-    card = folder / "README.md"
-    models = card.is_file() and (metadata_load(card) or {}).get("model-index")
-    return models[0]["name"] if models else folder.resolve().name
+    try:
+        return str(metadata_load(folder / "README.md")["model-index"][0]["name"])
+    except Exception:  # no card, or one that was edited by hand
+        return folder.resolve().name
 
 
 def load(name: str) -> Published:
@@ -109,12 +110,15 @@ def load(name: str) -> Published:
     Ends the program with a sentence where there is no such model.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not folder.exists():
         try:
             folder = Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
-        except (HFValidationError, OSError) as error:  # the latter also of the Hub's answers
+        except Exception as error:  # no such name, the Hub's answer, a proxy's, no network at all
             reason = " ".join(str(error).split())[:200]
-            sys.exit(f"error: {name} is no folder here, and no model to download: {reason}")
+            sys.exit(
+                f"error: {name} is no folder here, and cannot be downloaded (a private model needs "
+                f"HF_TOKEN): {reason}"
+            )
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         sys.exit(f"error: {name} has no {', '.join(missing)}: publish it with upload_to_hf.py")
@@ -397,9 +401,17 @@ class Door:
         elif self.visitors >= MOST_VISITORS:
             busy = "Too many visitors are waiting: come back in some minutes."
             refusal = JSONResponse({"detail": busy}, 503)
+
+        async def send_on(message: dict) -> None:
+            await send(message)
+            patience.reschedule(asyncio.get_running_loop().time() + PATIENCE)
+
         self.visitors += 1
         try:
-            await (refusal or self.app)(scope, receive, send)
+            async with asyncio.timeout(PATIENCE) as patience:
+                await (refusal or self.app)(scope, receive, send_on)
+        except TimeoutError:  # whoever neither sends nor reads would keep a place for ever
+            pass
         finally:
             self.visitors -= 1
 
@@ -438,7 +450,9 @@ def build_server(published: Published) -> gr.Server:
             finally:
                 queue.remove(me)
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        # or a proxy would keep the story until it is whole
+        headers = {"x-accel-buffering": "no", "cache-control": "no-cache, no-transform"}
+        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
     async def look(function: Callable, ids: list[int], *arguments):
         most = config.context_length + MOST_NEW_TOKENS
@@ -496,13 +510,18 @@ def main() -> None:
     from config import InputError
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["no_proxy"] = "*"  # Gradio asks its own page whether it is there
+    host = arguments.host
+    if host and ":" in host:
+        host = f"[{host.strip('[]')}]"  # IPv6, as in an address
     try:
         server = build_server(published)
         server.launch(
-            server_name=arguments.host,
+            server_name=host,
             server_port=arguments.port,
             inbrowser=arguments.open,
             ssr_mode=False,
+            share=False,  # or it is published to the internet from Kaggle and SageMaker
         )
     except InputError as error:  # of the first story
         sys.exit(f"error: {arguments.model} is broken: {error}")

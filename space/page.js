@@ -55,14 +55,16 @@ async function post(path, body, signal) {
   });
   if (response.ok) return response;
   const { detail } = await response.json(); // no JSON: not of our server, which may come back
-  throw new Refusal(detail);
+  throw detail ? new Refusal(detail) : new Error("not of our server either");
 }
 
 // --- The form, the address and the session ---
 
+const whole = (text) => text.toWellFormed?.() ?? text; // browsers of before 2024 lack it
+
 function readForm() {
   const value = (field) =>
-    field.type === "textarea" ? field.value.toWellFormed() : field.valueAsNumber;
+    field.type === "textarea" ? whole(field.value) : field.valueAsNumber;
   return Object.fromEntries(fields.map((field) => [field.name, value(field)]));
 }
 
@@ -86,9 +88,9 @@ function wishOfAddress() {
 }
 
 function save() {
-  const kept = { hash: location.hash, form: readForm(), wish, stories, inside, telling: !!telling };
+  const asked = { hash: location.hash, form: readForm(), wish, telling: !!telling };
   try {
-    sessionStorage.storygpt = JSON.stringify(kept);
+    sessionStorage.storygpt = JSON.stringify({ ...asked, model: known.first, stories, inside });
   } catch {} // a browser that stores nothing, or is full: a reload tells the story again
 }
 
@@ -96,6 +98,8 @@ function restore() {
   try {
     const kept = JSON.parse(sessionStorage.storygpt);
     if (kept.hash !== location.hash) return false;
+    // what greets whoever comes is the model's own: another may be shown at this address since
+    if (JSON.stringify(kept.model) !== JSON.stringify(known.first)) return false;
     ({ wish, stories, inside } = kept);
     writeForm(kept.form);
     showStories();
@@ -186,8 +190,11 @@ function begin({ given, ids, unread }, again) {
     return { ...story, seed: wish.seed + i, given, read: ids.length, state: "telling" };
   });
   const all = (ids.length + unread).toLocaleString("en");
-  const unseen = `The model sees only the last ${ids.length} of these ${all} tokens.`;
-  say($("#room"), unread ? unseen : "");
+  let hint = "";
+  if (unread) hint = `The model sees only the last ${ids.length} of these ${all} tokens.`;
+  else if (given.endsWith(" "))
+    hint = "It ends in a space, which tokens begin with: without it the story is better.";
+  say($("#room"), hint);
   showStories();
   return true;
 }
@@ -240,7 +247,8 @@ function showStories() {
     const look = button("Look inside");
     copied.onclick = () => copy(story.given + stories[i].text, copied);
     look.onclick = () => lookInside(i);
-    const paragraph = make("p", { dir: "auto" }, make("mark", { textContent: story.given }), text);
+    const given = make("mark", { textContent: story.given });
+    const paragraph = make("p", { dir: "auto", translate: false }, given, text);
     const article = make("article", {}, paragraph, make("footer", {}, count, copied, look));
     return { article, text, count, look };
   });
@@ -259,6 +267,7 @@ function showStory(i) {
 const aloud = ({ given, text, seed, state }) => `${given}${text} (Seed ${seed}: ${state}.)`;
 
 async function copy(text, button) {
+  let copied = true;
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -266,10 +275,11 @@ async function copy(text, button) {
     const field = make("textarea", { value: text, className: "unseen" });
     document.body.append(field);
     field.select();
-    document.execCommand("copy");
+    copied = document.execCommand("copy");
     field.remove();
     button.focus();
   }
+  if (!copied) return say($("#status"), "This browser does not let the page copy.");
   const name = button.textContent;
   if (name === "Copied") return;
   button.textContent = "Copied";
@@ -356,7 +366,7 @@ function showTokens(probabilities) {
     const p = probabilities[i];
     const option = make("span", { role: "option", tabIndex: -1, ariaSelected: "false" });
     const bound = make("em", { textContent: i ? "the end" : "the beginning" });
-    option.append(ids[i] === known.end ? bound : text.replace("\n", "↵\n") || "·");
+    option.append(ids[i] === known.end ? bound : text.replaceAll("\n", "↵\n") || "·");
     option.className = p === null ? "first" : i < read ? "given" : "told";
     option.title = p === null ? "nothing came before it" : percent(p);
     if (p !== null) option.style.setProperty("--p", `${100 * p}%`);
@@ -496,7 +506,9 @@ form.onsubmit = (event) => (event.preventDefault(), tellForm());
 form.oninput = () => (showForm(), save());
 form.addEventListener("invalid", () => ($("details").open = true), true); // or nobody sees where
 $("#prompt").onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  // 229: the Enter that ends a word of Japanese or Chinese, which Safari calls composed already
+  const composes = event.isComposing || event.keyCode === 229;
+  if (event.key !== "Enter" || event.shiftKey || composes) return;
   event.preventDefault();
   form.requestSubmit();
 };
@@ -550,6 +562,7 @@ for (let layer = 1; layer <= known.layers; layer++) {
 
 function arrive() {
   closeInside();
+  history.replaceState(null, ""); // what was looked into here is no more
   writeForm({ ...known.first.wish, ...wishOfAddress() });
   wish = form.reportValidity() ? readForm() : known.first.wish; // a link may say anything
   tell();

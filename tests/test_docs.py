@@ -104,12 +104,14 @@ def test_what_is_made_and_installed_is_there():
     assert installed and all((ROOT / name).is_file() for name in installed)
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
-def test_an_environment_that_was_left_half_made_is_made_again(tmp_path):
+@pytest.mark.parametrize("make", ["make", "bmake"])
+def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, make):
+    if not shutil.which(make):
+        pytest.skip(f"there is no {make} here")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)  # what Debian's Python without venv leaves
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    command = ["make", "--dry-run", ".venv/requirements"]
+    command = [make, "-n", ".venv/requirements"]
     planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "-m venv .venv" in planned.stdout
 
@@ -126,6 +128,27 @@ def test_an_older_python_is_told_before_anything_is_made(tmp_path):
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode != 0 and "StoryGPT needs Python 3.11" in made.stderr
     assert not (tmp_path / ".venv").exists()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python.rename(tmp_path / ".venv/bin/python")
+    (tmp_path / ".venv/bin/pip").touch()
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode != 0 and "remove it first" in made.stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
+def test_a_clone_that_was_copied_installs_into_itself(tmp_path):
+    """Its .venv/bin/pip still begins with the path of the Python that it comes from."""
+    place = tmp_path / "a copy"
+    (place / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, place)
+    for name in ("pip", "python"):
+        (place / ".venv/bin" / name).write_text(f'#!/bin/sh\necho "{name} $@" >> called\n')
+        (place / ".venv/bin" / name).chmod(0o755)
+    made = subprocess.run(["make", ".venv/requirements"], cwd=place, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    called = (place / "called").read_text().splitlines()
+    assert called[-1].startswith("python -m pip install") and len(called) == 2
 
 
 # --- The short ones, run ---
@@ -369,6 +392,16 @@ def test_the_hours_are_the_arithmetic_that_stands_below_them():
                 assert hours < float(cell.removeprefix("< "))
             elif cell:
                 assert number(cell) == pytest.approx(hours, rel=0.07)
+
+
+def test_the_hours_of_the_front_page_are_those_of_the_table():
+    (header,) = re.findall(r"^\| hours \| (.+) \|$", read(ROOT / "docs/training.md"), re.M)
+    machines, predicted = header.split(" | "), preset_rows("| hours ")
+    rows = re.findall(r"^\| (.+?) \| `(\w+)`.*? \| ([\d., ]+) \| [\d.]+ \|$", read(DOCS[0]), re.M)
+    assert len(rows) == 3
+    for names, name, hours in rows:
+        names = names.replace("free ", "").split(", ")
+        assert hours.split(", ") == [predicted[name][machines.index(n)] for n in names]
 
 
 def test_what_the_symptoms_quote_is_what_the_code_says():

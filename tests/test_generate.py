@@ -34,10 +34,10 @@ def tells(run_dir, monkeypatch, capsys):
     """tells(*flags, typed=b"") -> what generate.py prints, run in this process."""
     precision = torch.get_float32_matmul_precision()
 
-    def told(*flags, typed: bytes = b"") -> str:
+    def told(*flags, typed: bytes = b"", seat=io.TextIOWrapper) -> str:
         flags = ["--checkpoint", run_dir / "StoryGPT_best.pt", "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdin", seat(io.BytesIO(typed), encoding="utf-8"))
         generate.main()
         return capsys.readouterr().out
 
@@ -165,6 +165,13 @@ def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(tells, ru
     settings = GenerationSettings(max_new_tokens=20)
     stories = [generate_stories(model, p, [seed], settings)[0].text for p, seed in asked]
     assert told == "".join(f"{story}\n" for story in stories)  # no "> ": nobody sits there
+
+    class Keyboard(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    typed = "\nOne day\n\n\nTom 👦\n".encode()
+    assert tells(*flags, typed=typed, seat=Keyboard) == told  # into a file, which is stories alone
     as_on_windows = "\r\nOne day\r\n\r\n\r\nTom 👦\r\n".encode()
     assert tells(*flags, typed=as_on_windows) == told
 

@@ -1,5 +1,6 @@
 """The page of space/: published, started and used as on the Hub, in a real browser."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -85,7 +86,7 @@ class Page:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+        self.folder, self.url, self.host = folder, f"http://127.0.0.1:{self.port}", "127.0.0.1"
         self.command = [sys.executable, "app.py", "--port", str(self.port), *map(str, flags)]
         self.started = {**os.environ, **environment}
         self.started.pop("PYTHONPATH", None)
@@ -106,7 +107,7 @@ class Page:
 
     def request(self, method: str, path: str, body=None, **headers) -> tuple[int, bytes]:
         """A status and a body; `body` is sent as JSON."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = HTTPConnection(self.host, self.port, timeout=120)
         headers = {"content-type": "application/json", **headers}
         connection.request(method, path, body and json.dumps(body), headers)
         response = connection.getresponse()
@@ -246,6 +247,7 @@ def test_what_is_no_model_is_a_sentence(app, tmp_path, monkeypatch, capsys):
     for flags, says in (
         ([], "README.md names no model"),
         (["--model", tmp_path], "has no config.py, checkpoints"),
+        (["--model", tmp_path / "model.py"], "model.py has no model.py, config.py, checkpoints"),
         (["--model", "no such thing"], "is no folder here"),
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags)])
@@ -280,6 +282,51 @@ def test_a_port_in_use_and_a_damaged_model_are_sentences(app, space, folder, mon
         weights.write_bytes(data)
         with pytest.raises(SystemExit, match="is damaged"):
             app.main()
+
+
+def test_a_private_model_without_a_token_and_a_proxy_that_refuses_are_sentences(tmp_path):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(403)
+
+    with Hub() as hub, HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        hub.add("models/you/mine", {"config.json": b"{}"}, private=True)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        real = {"HF_ENDPOINT": "https://huggingface.co", "https_proxy": address}
+        for environment in ({"HF_TOKEN": ""}, real):
+            flags = [sys.executable, ROOT / "space" / "app.py", "--model", "you/mine"]
+            environment = {**os.environ, **hub.environment(tmp_path), **environment}
+            result = subprocess.run(flags, env=environment, capture_output=True, text=True)
+            says = "error: you/mine is no folder here, and cannot be downloaded (a private model"
+            assert says in result.stderr and "Traceback" not in result.stderr, result.stderr
+            assert result.returncode == 1
+        proxy.shutdown()
+
+
+def test_it_is_served_where_it_was_told_to_whatever_the_environment_says(folder, tmp_path_factory):
+    """Behind proxies that are not there; on Kaggle, where Gradio would publish it; on IPv6."""
+    place = tmp_path_factory.mktemp("served")
+    shutil.copytree(ROOT / "space", place, dirs_exist_ok=True)
+    nobody = "http://127.0.0.1:9"
+    proxies = {"http_proxy": nobody, "HTTP_PROXY": nobody, "ALL_PROXY": "socks5://127.0.0.1:9"}
+    host = "::1"
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6).close()
+    except OSError:
+        host = "127.0.0.1"  # a machine without IPv6
+    environment = {**proxies, "KAGGLE_KERNEL_RUN_TYPE": "Interactive", "GRADIO_SHARE": "True"}
+    environment["PYTHONUNBUFFERED"] = "1"
+    page = Page(place, environment, "--model", folder, "--host", host)
+    page.host = host
+    page.start()
+    try:
+        assert page.stories("Once")
+        until(lambda: "To create a public link" in (place / "log.txt").read_text(), 20)
+        assert "share link" not in (place / "log.txt").read_text()
+    finally:
+        page.process.kill()
+        page.process.wait()
 
 
 def test_it_answers_on_this_machine_alone(space):
@@ -329,6 +376,9 @@ def test_a_folder_is_called_what_its_card_calls_it(app, folder):
     assert shown.name == "Fables" and not shown.model.training and shown.record == {}
     (folder / "config.json").write_text(json.dumps({"storygpt": {"record": RECORD}}))
     assert app.load(str(folder)).record == RECORD
+    for edited in ("---\na: b: c\n---\n", "---\nmodel-index: Fables\n---\n", "Only words."):
+        (folder / "README.md").write_text(edited)
+        assert app.title(folder) == folder.name
 
 
 def test_one_sentence_says_what_it_is_as_far_as_it_is_known(app, published):
@@ -467,6 +517,42 @@ def test_whoever_leaves_makes_room_and_too_many_are_told_so(app, space, client, 
     monkeypatch.setattr(app, "MOST_VISITORS", 0)
     response = client.post("/stories", json={"prompt": "Once"})
     assert response.status_code == 503 and "Too many visitors" in response.json()["detail"]
+
+
+def test_a_proxy_is_told_to_keep_no_story_back(client):
+    answer = client.post("/stories", json={"prompt": "Once", **SHORT})
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert "no-transform" in answer.headers["cache-control"]
+    assert "content-encoding" not in answer.headers
+
+
+def test_whoever_neither_sends_nor_reads_keeps_no_place(app, monkeypatch):
+    """But a story may take as long as it does, while its pieces are read."""
+    monkeypatch.setattr(app, "PATIENCE", 0.2)
+    scope = {"type": "http", "path": "/stories", "headers": []}
+
+    async def never(*_) -> None:
+        await asyncio.Event().wait()
+
+    async def read(message: dict) -> None:
+        taken.append(message)
+
+    async def asks_for_a_body(_, receive, send) -> None:
+        await receive()
+
+    async def tells(_, receive, send) -> None:
+        for piece in range(6):
+            await asyncio.sleep(0.05)
+            await send({"piece": piece})
+
+    for serve, send, pieces in (
+        (asks_for_a_body, read, 0),
+        (tells, never, 0),
+        (tells, read, 6),
+    ):
+        door, taken = app.Door(serve), []
+        asyncio.run(asyncio.wait_for(door(scope, never, send), 10))
+        assert len(taken) == pieces and door.visitors == 0
 
 
 def test_every_setting_is_that_of_generate(app, published):
@@ -850,6 +936,9 @@ def test_a_prompt_has_its_bounds_said(space, browser):
     visitor.set(prompt=" a" * 70)
     visitor.tell()
     assert "sees only the last 64 of these 70 tokens" in visitor.text("#room")
+    visitor.set(prompt="Once ")
+    visitor.tell()
+    assert "ends in a space" in visitor.text("#room")
     visitor.run("(document.querySelector('#prompt').value = 'x'.repeat(4999))")
     visitor.all("#prompt")[0].send_keys("yz")  # of which there is room for one
     assert "room for: 5000 characters" in visitor.text("#room")
@@ -900,6 +989,89 @@ def test_a_reload_loses_nothing(space, browser):
     until(lambda: visitor.run("document.activeElement.ariaLabel") == "Look inside: seed 5")
     assert visitor.told(5) == [story]
     assert visitor.run("document.querySelector('#prompt').value") == "Not yet told"
+
+
+@contextmanager
+def before_every_page(browser, script: str):
+    """Has the tab run a script before the page's own, from the next load on."""
+    (name,) = browser.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument", {"source": script}
+    ).values()
+    yield
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", {"identifier": name})
+
+
+def test_another_model_at_the_same_address_does_not_tell_the_stories_of_the_one_before(
+    space, browser
+):
+    visitor = Visitor(browser, space.url)
+    visitor.set(prompt="Tom said", seed=5, max_new_tokens=30)
+    visitor.tell(5)
+    kept = "JSON.parse(sessionStorage.storygpt)"
+    other = f"sessionStorage.storygpt = JSON.stringify({{...{kept}, model: 'another'}})"
+    with before_every_page(browser, other):
+        visitor.mark_what_is_there()
+        browser.refresh()
+        until(lambda: visitor.run("performance.getEntriesByType('resource').length"))
+    visitor.told(5)  # once more, and not from what was kept
+
+
+def test_where_nothing_can_be_kept_a_reload_inside_leaves_a_way_back(space, browser):
+    """As in the frame of a Space, where the browser refuses others' storage."""
+    refused = "{get() { throw new DOMException('', 'SecurityError') }}"
+    visitor = Visitor(browser, space.url)
+    with before_every_page(browser, f"Object.defineProperty(window, 'sessionStorage', {refused})"):
+        browser.refresh()
+        visitor.told(1337)
+        visitor.look_inside()
+        browser.refresh()
+        visitor.told(1337)
+        visitor.look_inside()
+        visitor.click("#back")
+        until(lambda: visitor.all("article")[0].is_displayed())
+        time.sleep(0.2)
+        assert visitor.all("article")[0].is_displayed()
+
+
+def test_a_copy_that_the_browser_refuses_is_not_called_one(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.run("(navigator.clipboard.writeText = async () => { throw new Error() })")
+    visitor.run("(document.execCommand = () => false)")
+    visitor.click("#link")
+    until(lambda: "does not let the page copy" in visitor.text("#status"))
+    assert visitor.text("#link") == "Copy link"
+
+
+def test_the_enter_that_ends_a_composed_word_asks_for_no_story(space, browser):
+    visitor = Visitor(browser, space.url)
+    press = (
+        "document.querySelector('#prompt').dispatchEvent(new KeyboardEvent('keydown', "
+        "{key: 'Enter', cancelable: true, %s}))"
+    )
+    for composing in ("isComposing: true", "keyCode: 229"):  # Safari's has only the latter
+        assert visitor.run(press % composing), composing
+    assert not visitor.run(press % "keyCode: 13")  # prevented: it asks
+
+
+def test_on_paper_a_story_is_dark_on_light_and_has_no_buttons(space, browser):
+    visitor = Visitor(browser, f"{space.url}?__theme=dark", dark=True)
+    visitor.look_inside()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert contrast(visitor, "#tokens .told") >= 4.5
+    assert luminance(channels(visitor.run("getComputedStyle(document.body).color"))[:3]) < 0.2
+    assert not visitor.all("#back")[0].is_displayed()
+
+
+def test_where_the_system_chooses_the_colours_a_bar_is_still_seen(space, browser):
+    visitor = Visitor(browser, space.url)
+    visitor.look_inside()
+    shown = "getComputedStyle(document.querySelector('%s')).backgroundColor"
+    plain = [visitor.run(shown % selector) for selector in ("#bars s", "#tokens .told")]
+    forced = [{"name": "forced-colors", "value": "active"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": forced})
+    assert visitor.run("matchMedia('(forced-colors: active)').matches")
+    assert visitor.run(shown % "#tell") != plain[0]  # what is not excepted is forced
+    assert [visitor.run(shown % s) for s in ("#bars s", "#tokens .told")] == plain
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -1073,3 +1245,13 @@ def test_waiting_is_shown_and_a_broken_connection_mended(space, browser):
     until(lambda: visitor.end_pauses() or "The server does not answer" in visitor.text("#status"))
     visitor.click("article button:last-child")
     until(lambda: "The server does not answer" in visitor.text("#looking"))
+
+
+def test_what_another_server_answers_in_its_place_is_no_sentence_of_ours(space, browser):
+    """A Space that is asleep, or a proxy: JSON, but not as ours."""
+    visitor = Visitor(browser, space.url)
+    asleep = """(window.fetch = async () => new Response('{"error": "asleep"}', {status: 503}))"""
+    visitor.run(asleep)
+    visitor.hold_pauses()
+    visitor.click("#another")
+    until(lambda: visitor.end_pauses() or "The server does not answer" in visitor.text("#status"))
