@@ -34,7 +34,7 @@ from storygpt.batches import Batches, mixed_seed
 from storygpt.checkpoint import Start, fit_start, load_start, load_weights
 from storygpt.distributed import Processes, Stop, lost_a_process
 from storygpt.files import BEST, FINAL, LATEST, META, step_name
-from storygpt.kernels import compile_model, speed_up_training
+from storygpt.kernels import compile_model, failed_to_compile, speed_up_training
 from storygpt.log import Log, Tracker, start_tracker, words_when_done
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
@@ -122,6 +122,9 @@ def main() -> None:
     except Exception as error:
         if training and cli.is_out_of_memory(error):
             raise cli.advice_on_memory(training, micro_batch) from error
+        if failed_to_compile(error):
+            reason = cli.one_line(error)
+            raise InputError(f"torch.compile failed ({reason}): pass --compile False") from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"

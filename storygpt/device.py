@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,7 +70,7 @@ def check_driver() -> None:
     """Raises InputError where torch has no CUDA but the driver has a GPU: training on the CPU
     instead would take weeks."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in ("", "-1") or torch.version.hip or not shutil.which("nvidia-smi"):
+    if visible in ("", "-1") or torch.version.hip:
         return
     query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:

@@ -18,7 +18,7 @@ from storygpt.device import (
     pick_dtype,
     use_device,
 )
-from storygpt.kernels import compile_model
+from storygpt.kernels import compile_model, failed_to_compile
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,15 @@ def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypa
     assert not capsys.readouterr().out
     assert compile_model(model, None, cuda) is model
     assert "training goes on without it" in capsys.readouterr().out
+
+
+def test_a_compiler_that_fails_later_on_the_model_is_known_by_its_errors():
+    def broken(graph, inputs):
+        raise ValueError("this shape is too much")
+
+    with pytest.raises(RuntimeError, match="too much") as raised:
+        torch.compile(torch.sin, backend=broken)(torch.ones(2))
+    assert failed_to_compile(raised.value) and not failed_to_compile(RuntimeError("too much"))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs /proc")

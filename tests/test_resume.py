@@ -191,8 +191,8 @@ def test_a_finished_run_needs_its_data_no_more(script, fails, run_dir, copy_of_r
     assert result.code == 0 and "no step was left" in result.output, result.output
     best = load_checkpoint(run_dir / BEST)["val_loss"]
     assert f"best val_loss {best:.4f} in {copy_of_run / BEST}" in result.output
-    for path in copy_of_run.glob("*.*"):
-        assert path.read_bytes() == (run_dir / path.name).read_bytes()
+    for path in run_dir.iterdir():
+        assert path.read_bytes() == (copy_of_run / path.name).read_bytes()
     fails("train.py", *flags, "--seed", 7, says="seed was 1337 and is now 7")
     (copy_of_run / FINAL).unlink()  # there is something to do
     fails("train.py", *flags, says="no prepared data in nowhere")
