@@ -33,9 +33,9 @@ from storygpt import device as machine
 from storygpt.batches import Batches, mixed_seed
 from storygpt.checkpoint import Start, fit_start, load_start, load_weights
 from storygpt.distributed import Processes, Stop, lost_a_process
-from storygpt.files import BEST, FINAL, LATEST, step_name
-from storygpt.kernels import compile_model, speed_up_training
-from storygpt.log import Log, Tracker, start_tracker
+from storygpt.files import BEST, FINAL, LATEST, META, step_name
+from storygpt.kernels import compile_model, failed_to_compile, speed_up_training
+from storygpt.log import Log, Tracker, start_tracker, words_when_done
 from storygpt.losses import estimate_loss
 from storygpt.optimizer import Optimizer
 from storygpt.record import begin_record, fingerprint_of, origin_of
@@ -108,6 +108,12 @@ def main() -> None:
     training = micro_batch = None
     try:
         plan = find_run(first, processes, folder)
+        if processes.exchange(has_nothing_left(plan))[0]:
+            if folder:
+                best = plan.latest["best_val_loss"]
+                print(words_when_done(folder.directory, best, "no step was left"))
+            processes.see_off()
+            return
         training = plan.arguments.training
         run, state = set_up(plan, processes, folder)
         micro_batch = run.facts.micro_batch
@@ -116,6 +122,9 @@ def main() -> None:
     except Exception as error:
         if training and cli.is_out_of_memory(error):
             raise cli.advice_on_memory(training, micro_batch) from error
+        if failed_to_compile(error):
+            reason = cli.one_line(error)
+            raise InputError(f"torch.compile failed ({reason}): pass --compile False") from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
@@ -174,7 +183,7 @@ def train(run: Run, state: TrainState) -> int:
             folder.append(entry)
             names = names_due(state, training)
             folder.keep_up()
-            failing = folder.failing_for(60 * training.save_minutes)
+            failing = folder.saving.failing_for(60 * training.save_minutes)
             late = began - last_save >= 60 * training.save_minutes
             if names or stop or signals.save or failing or late:
                 if not evaluated:
@@ -211,7 +220,7 @@ def names_due(state: TrainState, training: TrainingConfig) -> list[str]:
     if state.val_loss < state.best_val_loss:
         state.best_val_loss = state.val_loss
         names.append(BEST)
-    if training.keep_interval and state.step % training.keep_interval == 0:
+    if state.step and training.keep_interval and state.step % training.keep_interval == 0:
         names.append(step_name(state.step))
     return names
 
@@ -314,8 +323,10 @@ def begin(run: Run, state: TrainState) -> Log:
         run_id=run.facts.run_id,
         directory=directory,
     )
-    done = state.step == training.max_steps  # but killed before FINAL was written
-    save(run, state, [FINAL, LATEST] if done else [LATEST])
+    if state.step and state.best_val_loss < math.inf and not (directory / BEST).exists():
+        cli.warn(f"{directory / BEST} is gone: the best step from here on is saved as that")
+        state.best_val_loss = math.inf
+    save(run, state, [*names_due(state, training), LATEST])  # also what somebody has removed
     folder.wait()
     print(banner(run, state.model))
     return Log(
@@ -334,7 +345,7 @@ def last_words(run: Run, state: TrainState, log: Log) -> str:
     """Says what the run has left, or how it goes on."""
     arguments = run.arguments
     if state.step == arguments.training.max_steps:
-        return log.finished(state.best_val_loss)
+        return words_when_done(arguments.checkpoint_dir, state.best_val_loss, log.speed())
     return log.stopped(
         script=Path(__file__),
         launcher=run.processes.launcher,
@@ -399,17 +410,18 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
 
     Raises InputError where a run would be overwritten or changed.
     """
-    start = load_start(first.init_from) if first.init_from else None
-    resume, latest = first.resume or processes.restarted, None
-    if not resume:  # mistakes come before anything is made or waited for
+    start, latest = load_start(first.init_from) if first.init_from else None, None
+    if not first.resume:  # mistakes come before anything is made or waited for
         parse_arguments(first, processes, start, settings=None)
-    resume = any(processes.exchange(resume))
+    resume = any(processes.exchange(first.resume))
+    restarted = any(processes.exchange(processes.restarted))
     processes.compare_torch()
     with processes.together():
         if folder:
             folder.lock()
-            latest = folder.find(resume)
-    kept = latest and [asdict(latest["gpt_config"]), asdict(latest["training_config"])]
+            latest = folder.find(resume or restarted)
+    # What torchrun starts anew was perhaps refused before: it goes on with no run but its own.
+    kept = latest and resume and [vars(latest["gpt_config"]), vars(latest["training_config"])]
     settings = processes.exchange(kept)[0]
     with processes.together() as same:
         arguments = parse_arguments(first, processes, start, settings)
@@ -419,7 +431,7 @@ def find_run(first: FirstFlags, processes: Processes, folder: RunFolder | None) 
         numbers = asdict(arguments.gpt) | asdict(arguments.training)
         same |= {name: value for name, value in numbers.items() if name not in MAY_CHANGE}
         same["init_from"] = origin and origin["sha256"][:12]
-    if first.resume and processes.is_main:
+    if (resume or restarted) and processes.is_main:
         print(resumption(latest))
     return Plan(arguments, latest, start)
 
@@ -442,6 +454,14 @@ def parse_arguments(
     processes.own_windows(training.windows_per_step)  # both for what they raise
     machine.use_device(training.device)
     return replace(arguments, training=training)
+
+
+def has_nothing_left(plan: Plan) -> bool:
+    """Tells whether a run needs no more data than there is: it is finished, and has none here."""
+    arguments, latest = plan.arguments, plan.latest
+    finished = latest and latest["step"] == arguments.training.max_steps
+    final, meta = arguments.checkpoint_dir / FINAL, arguments.data_dir / META
+    return bool(finished) and final.exists() and not meta.exists()
 
 
 def resumption(latest: dict | None) -> str:
@@ -487,7 +507,8 @@ def set_up(plan: Plan, processes: Processes, folder: RunFolder | None) -> tuple[
         load_weights(model, start_weights, arguments.init_from)
     card = machine.card_name(device)
     most = largest_micro_batch(training, processes)
-    if latest and latest.get("card") == card:  # the same dropout again
+    was = latest["training_config"].batch_size if latest else None
+    if was == training.batch_size and latest.get("card") == card:  # the same dropout again
         most = math.gcd(most, latest["micro_batch"])
     # What a first step makes: AdamW's two averages of each weight, and a copy for other processes.
     later = (0 if state.step else 2) + processes.launched

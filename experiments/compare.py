@@ -24,7 +24,7 @@ from config import MAY_CHANGE, InputError
 from storygpt.checkpoint import build_model, load_checkpoint
 from storygpt.files import BEST, FINAL, LATEST, METRICS, save_figure
 from storygpt.metrics import parse_metrics
-from storygpt.record import fingerprint_of
+from storygpt.record import fingerprint_of, origin_of
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta
 
 
@@ -50,6 +50,7 @@ class Run:
     parameters: int
     machine: str  # what it runs on now, and in which precision
     data: str | None  # the fingerprint of what it trains on, where the run still tells
+    start: str | None  # the sum of the weights that it started from, if any
     step: np.ndarray
     tokens: np.ndarray
     seconds: np.ndarray  # of training, without evaluations and saves
@@ -88,9 +89,11 @@ def read_run(folder: Path) -> Run:
         parameters=build_model(checkpoint, folder / names[0]).num_parameters(),
         machine=" in ".join(checkpoint[key] for key in ("card", "dtype") if key in checkpoint),
         data=fingerprint_of(checkpoint),
+        start=(origin_of(checkpoint) or {}).get("sha256"),
         step=steps[evaluated],
         tokens=tokens[evaluated],
-        seconds=(tokens / steps / speeds).cumsum()[evaluated],
+        # steps whose lines are lost count as the next one that is there
+        seconds=(np.diff(tokens, prepend=0) / speeds).cumsum()[evaluated],
         train_loss=sums / np.diff(evaluated, prepend=-1),
         val_loss=val_loss,
     )
@@ -115,7 +118,8 @@ def group(runs: list[Run]) -> list[list[Run]]:
     """The runs of each recipe."""
     recipes = {}
     for run in runs:
-        recipe = tuple((run.settings | {"seed": None, "data": run.data}).items())
+        same = {"seed": None, "data": run.data, "start": run.start}
+        recipe = tuple((run.settings | same).items())
         recipes.setdefault(recipe, []).append(run)
     return list(recipes.values())
 

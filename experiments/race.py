@@ -51,7 +51,7 @@ from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta, loa
 
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 POINTS = 10  # of a curve: checkpoints of a run, evenly spread
-FEW_STEPS = 200  # tell the speed
+FEW_STEPS, MORE_STEPS = 20, 200  # tell the speed, the more the better where there is time
 SECONDS = "seconds.json"  # of the checkpoints of a run that has ended
 SHARED = ("batch_size", "device")  # by all runs of a race, beside the model
 SHAPE = ("n_layer", "n_head", "n_embd", "dropout")  # what all call the same
@@ -319,9 +319,11 @@ def race(arguments: Arguments, contenders: list[Contender]) -> list[Run]:
     shorter = []
     for contender in contenders:
         run = partial(train, arguments, contender, seed=contender.seeds[0], points=2)
-        tried = [run(contender.learning_rates[0], steps=FEW_STEPS)]
+        quarter, tried = arguments.seconds / 4, [run(contender.learning_rates[0], steps=FEW_STEPS)]
+        if tried[0].steps_in(quarter) > MORE_STEPS:
+            tried = [run(contender.learning_rates[0], steps=MORE_STEPS)]
         if len(contender.learning_rates) > 1:
-            steps = max(FEW_STEPS, tried[0].steps_in(arguments.seconds / 4))
+            steps = max(tried[0].steps[-1], tried[0].steps_in(quarter))
             tried = [run(learning_rate, steps=steps) for learning_rate in contender.learning_rates]
         shorter.append(min(tried, key=lambda run: run.last_loss))
 

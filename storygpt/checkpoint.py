@@ -199,7 +199,7 @@ def load_start(path: Path) -> Start:
     if not (path.exists() or there):
         raise InputError(
             f"there is no {path} to start from: pass --init_from with a .pt file, a folder, or a "
-            "Hub id, owner and name, as in openai-community/gpt2"
+            "Hub id, owner and name, as in openai-community/gpt2; or leave it out to --resume"
         )
     model, _ = load_model(path)
     name = str(there or path.resolve())

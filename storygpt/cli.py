@@ -55,11 +55,15 @@ def parse_first(arguments: type):
     return found
 
 
-def progress_bar(**options):
-    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all."""
+def progress_bar(leave: bool = True, **options):
+    """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all.
+
+    One that is not to `leave` a line behind comes only where it takes longer than a second.
+    """
     from tqdm import tqdm
 
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+    seldom = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(leave=leave, delay=0 if leave else 1, mininterval=seldom, **options)
 
 
 def warn(text: str) -> None:
@@ -93,6 +97,10 @@ def command_line(script: str, launcher: str = "python", **flags) -> str:
     return f"{launcher} {shlex.join(words)}"
 
 
+class OwnMistake(InputError):
+    """What one process alone may run into: of torchrun's, no other one speaks for it."""
+
+
 class Signals(NamedTuple):
     """The signals that have come, by what they ask for."""
 
@@ -116,11 +124,8 @@ def listen_for_signals(launched: bool) -> Signals:
         if number == signal.SIGINT and not launched:
             signal.signal(number, signal.SIG_DFL)
 
-    def request_save(number, frame) -> None:
-        signals.save.append(number)
-
     handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), request_stop)
-    handlers["SIGUSR1"] = request_save
+    handlers["SIGUSR1"] = lambda number, frame: signals.save.append(number)
     for name, handler in handlers.items():
         number = getattr(signal, name, None)  # Windows has not all of them
         if number and signal.getsignal(number) is not signal.SIG_IGN:
@@ -153,15 +158,14 @@ def never_stop_for_output() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether the machine or the GPU had no memory; torch raises RuntimeErrors on CPUs."""
-    kind, message = type(error).__name__, str(error)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (kind == "OutOfMemoryError" or ("alloc" in message and "memory" in message))
-    )
+    """Tells whether the machine or the GPU had no memory, for which torch has many words."""
+    said = str(error)
+    full = "out of memory" in said or "_ALLOC_FAILED" in said  # torch, the driver; cuBLAS
+    on_cpu = "alloc" in said and "memory" in said
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (full or on_cpu))
 
 
-def advice_on_memory(config: TrainingConfig, micro_batch: int | None = None) -> InputError:
+def advice_on_memory(config: TrainingConfig, micro_batch: int | None = None) -> OwnMistake:
     """Says how a run that did not fit into memory, `micro_batch` windows at a time, goes on with
     less of it."""
     micro_batch = micro_batch or config.batch_size
@@ -173,7 +177,7 @@ def advice_on_memory(config: TrainingConfig, micro_batch: int | None = None) -> 
             f"the same run in less: --batch_size {size} "
             f"--gradient_accumulation_steps {config.windows_per_step // size} --resume"
         )
-    return InputError(f"there is not enough memory; {less}")
+    return OwnMistake(f"there is not enough memory; {less}")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -192,7 +196,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()  # here, where a full disk still has a sentence
     except InputError as error:
-        fail(str(error))
+        fail(str(error), shared=not isinstance(error, OwnMistake))
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         drop_output()
         sys.exit(1)
@@ -213,10 +217,10 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fail(message: str) -> None:
+def fail(message: str, shared: bool = False) -> None:
     """Ends the script with one sentence and status 1.
 
-    Of a node's processes under torchrun one speaks for all, as all say the same.
+    Where it is `shared`, one of a node's processes under torchrun says it for all.
     """
     with contextlib.suppress(ValueError):  # closed
         try:
@@ -224,5 +228,5 @@ def fail(message: str) -> None:
         except OSError:  # full
             drop_output()
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    muted = "RANK" in os.environ and local_rank.isdigit() and int(local_rank) > 0
+    muted = shared and "RANK" in os.environ and local_rank.isdigit() and int(local_rank) > 0
     sys.exit(1 if muted else f"error: {shorten(message, 490)}")  # whatever is quoted there

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +12,7 @@ import torch
 
 from config import GPTConfig, InputError
 from model import GPT
+from storygpt.cli import is_out_of_memory
 from storygpt.distributed import Processes
 
 # Peak dense bfloat16 (V100 and T4: float16) FLOP/s, from the vendors' data sheets. The keys are
@@ -24,7 +24,7 @@ PEAK_FLOPS = {
     "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
-    "NVIDIA A100[- ].+": 312e12,
+    "NVIDIA A100[- ](?!.*MIG).+": 312e12,
     "NVIDIA A10G": 70e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
@@ -69,8 +69,8 @@ OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
 def check_driver() -> None:
     """Raises InputError where torch has no CUDA but the driver has a GPU: training on the CPU
     instead would take weeks."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    if hidden or torch.version.hip or not shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or torch.version.hip:
         return
     query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
@@ -82,6 +82,7 @@ def check_driver() -> None:
         return
     driver, major, gpu = found[1], int(found[2]), found[3]
     cuda = torch.version.cuda
+    shown = f" with CUDA_VISIBLE_DEVICES={visible}" if visible else ""
     needed = OLDEST_DRIVER.get(cuda.split(".")[0], 0) if cuda else 0
     mend = install_torch("cu130" if major >= OLDEST_DRIVER["13"] else "cu126")
     if major < OLDEST_DRIVER["12"]:
@@ -91,7 +92,7 @@ def check_driver() -> None:
     elif major < needed:
         what = f"is built for CUDA {cuda}, which needs a driver of {needed} or newer"
     else:
-        what = f"cannot start its CUDA {cuda}"
+        what = f"cannot start its CUDA {cuda}{shown}"
         mend = "python -c 'import torch; torch.cuda.init()' says why"
     raise InputError(
         f"there is a GPU here ({gpu}, driver {driver}), but torch {torch.__version__} {what}: "
@@ -202,7 +203,9 @@ def _fits(model: GPT, windows: int, dtype: torch.dtype, spare: int) -> bool:
                 _, loss = model(idx, idx)
             loss.backward()
         del aside
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         model.zero_grad()

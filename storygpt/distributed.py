@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
-from storygpt.cli import warn
+from storygpt.cli import OwnMistake, warn
 
 Stop = Literal["signal", "time"]  # what a run is stopped for before its last step
 
 
 def lost_a_process(error: BaseException) -> bool:
     """Tells whether another process of this run is gone: gloo has no error of its own for that."""
-    return isinstance(error, dist.DistError) or "by peer" in str(error)
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return isinstance(error, dist.DistError) or gloo
 
 
 def disagreement(answers: list[dict]) -> str | None:
@@ -52,11 +53,9 @@ def ranks() -> tuple[int, int, int]:
     its variables are not all there, or no numbers."""
     numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     names = (*numbers, "MASTER_ADDR", "MASTER_PORT")
-    lacking = [name for name in names if not os.environ.get(name)]
-    wrong = [n for n in (*numbers, "MASTER_PORT") if not os.environ.get(n, "0").isdigit()]
-    if lacking:
+    if lacking := [name for name in names if not os.environ.get(name)]:
         problem = f"RANK is set, as a launcher does, without {', '.join(lacking)}"
-    elif wrong:
+    elif wrong := [n for n in (*numbers, "MASTER_PORT") if not os.environ[n].isdigit()]:
         problem = f"RANK is set, as a launcher does, and no numbers in {', '.join(wrong)}"
     else:
         rank, local_rank, world_size = (int(os.environ[name]) for name in numbers)
@@ -120,12 +119,20 @@ class Processes:
 
     @cached_property
     def store(self) -> dist.Store:
-        """Where processes leave what others look for; the first use waits for all of them."""
+        """Where processes leave what others look for; the first use waits for all of them.
+
+        Raises InputError where they do not meet: a port that is taken, an address that is not ours.
+        """
         # While a process waits for the others, a handler in Python would not get its turn.
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        store, _, _ = next(dist.rendezvous("env://"))
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))
+        except (RuntimeError, ValueError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(error).strip().splitlines()[0]
+            raise OwnMistake(f"the processes did not meet at {place}: {reason}") from error
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The launcher's store outlives a restart: the addresses in it are of dead workers.
             return dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -142,13 +149,11 @@ class Processes:
 
     def compare_torch(self) -> None:
         """Warns where the processes have not all the same torch."""
-        versions = self.exchange(torch.__version__)
-        for rank, version in enumerate(versions):
-            if self.is_main and version != versions[0]:
-                warn(
-                    f"rank {rank} has torch {version} where rank 0 has {versions[0]}: their "
-                    "numbers may differ"
-                )
+        first, *others = self.exchange(torch.__version__)
+        for rank, version in enumerate(others, 1):
+            if self.is_main and version != first:
+                difference = f"torch {version} where rank 0 has {first}"
+                warn(f"rank {rank} has {difference}: their numbers may differ")
 
     @contextmanager
     def together(self) -> Iterator[dict]:
@@ -166,11 +171,13 @@ class Processes:
             mistake = str(error)
         answers = self.exchange({"mistake": mistake, "same": same})
         if said := disagreement(answers):
-            self._see_off()
+            self.see_off()
             raise InputError(said)
 
-    def _see_off(self) -> None:
+    def see_off(self) -> None:
         """Has rank 0, whose store may end with it, wait until the others have read it."""
+        if not self.launched:
+            return
         names = [f"read by {rank}" for rank in range(1, self.world_size)]
         with suppress(dist.DistError):
             if self.is_main:
@@ -201,23 +208,22 @@ class Processes:
     # --- Once they have met ---
 
     def meet(self, device: torch.device) -> None:
-        """Connects the processes' devices. Raises InputError where GPUs cannot be."""
+        """Connects the processes' devices. Raises OwnMistake where this one's cannot be."""
         if not self.launched:
             return
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend, hint = "gloo", "GLOO_SOCKET_IFNAME in the environment names its network interface"
+        if device.type == "cuda":
+            backend, hint = "nccl", "NCCL_DEBUG=INFO in the environment has it say more"
         group = {"store": self.store, "rank": self.rank, "world_size": self.world_size}
         try:
             dist.init_process_group(backend, **group)
             if backend == "nccl":  # which starts when it is first used
                 dist.all_reduce(torch.zeros(1, device=device))
         except (RuntimeError, ValueError) as error:
-            if backend == "gloo":
+            if "by peer" in str(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"NCCL could not start on {device}: {reason}; NCCL_DEBUG=INFO in the environment "
-                "has it say more"
-            ) from error
+            reason = f"{device}: {str(error).strip().splitlines()[0]}"
+            raise OwnMistake(f"{backend.upper()} could not start on {reason}; {hint}") from error
 
     def from_main(self, value, device: torch.device):
         """Returns rank 0's `value` on all processes: a nested state with its tensors."""

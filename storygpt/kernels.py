@@ -1,5 +1,6 @@
 """What makes the plain model fast. Each function says what it saves, and is tested against it."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -199,6 +200,12 @@ def compile_model(model: GPT, wanted: bool | None, device: torch.device) -> nn.M
     # DDP's splitting of a graph would change the numbers: one process draws other dropout.
     torch._dynamo.config.optimize_ddp = False
     return torch.compile(model, dynamic=False)
+
+
+def failed_to_compile(error: Exception) -> bool:
+    """Tells whether torch.compile has failed: on a model it can where the small function went."""
+    compiler = sys.modules.get("torch._dynamo.exc")  # imported if it was used
+    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
 
 
 # --- Generation on a CPU ---

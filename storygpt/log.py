@@ -141,7 +141,7 @@ class Log:
                 shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        if step == self.first_step + 20:  # the speed has settled
+        if step == self.first_step + 20 < self.max_steps:  # the speed has settled
             recent = self.metrics[-10:]
             seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
             left = timedelta(seconds=round(seconds * (self.max_steps - step)))
@@ -154,14 +154,6 @@ class Log:
                 f"step {step:,}: {losses}\n    {printable(entry.get('sample', ''))}".rstrip()
             )
 
-    def finished(self, best_val_loss: float) -> str:
-        """Says what a run that has made its last step leaves."""
-        directory = self.plot.parent
-        return (
-            f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
-            f"{directory / FINAL}, the curves in {self.plot}; {self._speed()}"
-        )
-
     def stopped(self, script: Path, launcher: str, data_dir: Path, tracker: str) -> str:
         """Says how a run that has more steps to make goes on, from whatever folder."""
         flags = {"data_dir": data_dir.resolve(), "checkpoint_dir": self.plot.parent.resolve()}
@@ -169,9 +161,10 @@ class Log:
             flags["tracker"] = tracker
         command = command_line(str(script.resolve()), launcher, resume=True, **flags)
         step = self.metrics[-1]["step"] if self.metrics else 0
-        return f"stopped after step {step:,} ({self._speed()}); continue with: {command}"
+        return f"stopped after step {step:,} ({self.speed()}); continue with: {command}"
 
-    def _speed(self) -> str:
+    def speed(self) -> str:
+        """Says how fast the steps of this sitting were made."""
         made = [entry for entry in self.metrics if entry["step"] > self.first_step]
         if not made:
             return "no step was left"
@@ -182,3 +175,11 @@ class Log:
     def _in_memory(self) -> str:
         most = peak_memory(self.device)
         return f", {most / 1e9:.1f} GB of memory at the peak" if most else ""
+
+
+def words_when_done(directory: Path, best_val_loss: float, speed: str) -> str:
+    """Says what a run that has made its last step leaves."""
+    return (
+        f"done: best val_loss {best_val_loss:.4f} in {directory / BEST}, the last step in "
+        f"{directory / FINAL}, the curves in {directory / PLOT}; {speed}"
+    )

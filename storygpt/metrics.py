@@ -75,11 +75,18 @@ def append_metrics(path: Path, entries: list[dict], size: int) -> int:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Returns a running mean that does not lag: over as many values before as after, a fiftieth of
-    all at the most and fewer towards both ends."""
-    index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index // 4, len(values) - 1 - index), len(values) // 100)
+    all at the most and fewer at the start. From the last whole fiftieth on it is that one's line of
+    least squares, which goes through its mean."""
+    reach = len(values) // 100
+    if not reach:
+        return values
+    index = np.arange(len(values) - reach)
+    reaches = np.minimum(index // 4, reach)
     sums = np.concatenate(([0.0], values.cumsum()))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    means = (sums[index + reaches + 1] - sums[index - reaches]) / (2 * reaches + 1)
+    x = np.arange(-reach, reach + 1)
+    slope = x @ values[-len(x) :] / (x @ x)
+    return np.concatenate((means, means[-1] + slope * x[reach + 1 :]))
 
 
 def draw_loss_plot(metrics: list[dict], path: Path) -> None:

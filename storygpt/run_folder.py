@@ -22,7 +22,6 @@ from storygpt.device import beside_training, has_room
 from storygpt.files import BEST, FINAL, LATEST, METRICS, PLOT, take_lock, writing
 from storygpt.metrics import append_metrics, read_metrics
 from storygpt.record import origin_of
-from storygpt.state import check_resumable
 
 # What a file system without locks answers.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -48,8 +47,8 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
     ]
     started_from = origin_of(resumed) or {}
     if origin and origin["sha256"] != started_from.get("sha256"):
-        was = started_from.get("checkpoint", "nothing")
-        differences.append(f"init_from was {was} and is now {origin['checkpoint']}")
+        was, now = started_from.get("checkpoint", "nothing"), origin["checkpoint"]
+        differences.append(f"init_from was {was} and is now {now if now != was else 'changed'}")
     if differences and resumed["step"] == 0 and not started_from:
         return False
     if differences:
@@ -148,7 +147,13 @@ class RunFolder:
         """
         weights = [FINAL, *(path.name for path in self.directory.glob("StoryGPT_step_*.pt"))]
         if not (self.directory / LATEST).exists():
-            self._refuse([*weights, BEST, METRICS, PLOT])
+            for path in (self.directory / name for name in (*weights, BEST, METRICS, PLOT)):
+                if path.exists() and path.stat().st_size:
+                    raise InputError(
+                        f"{self.directory} already holds {path.name} of a run, but not the "
+                        f"{LATEST} from which alone it can be resumed: put that back, or pass "
+                        "another --checkpoint_dir"
+                    )
             return None
         latest = self._load_latest()
         if resume:
@@ -165,21 +170,12 @@ class RunFolder:
             f"{self.directory} already holds {what}: {how}pass another --checkpoint_dir"
         )
 
-    def _refuse(self, names: list[str]) -> None:
-        """Raises InputError where there is one of the files that training would write over."""
-        for path in (self.directory / name for name in names):
-            if path.exists() and path.stat().st_size:
-                raise InputError(
-                    f"{self.directory} already holds {path.name} of a run, but not the {LATEST} "
-                    "from which alone it can be resumed: put that back, or pass another "
-                    "--checkpoint_dir"
-                )
-
     def _load_latest(self) -> dict:
         """Returns what was saved to go on from. Raises InputError where it cannot be read."""
         try:
             checkpoint = load_checkpoint(self.directory / LATEST)
-            check_resumable(checkpoint)
+            if "dtype" not in checkpoint:  # nor anything else of `TrainState.resume_state`
+                raise InputError("it holds weights alone, or is of an older version")
             return checkpoint
         except InputError as error:
             raise InputError(
@@ -251,18 +247,14 @@ class RunFolder:
         for name in names:
             self.unsaved.pop(name, None)  # an older one gives up its place in the order
             self.unsaved[name] = states[name]
-        self._start_attempt()
+        self.attempt = self.writer.submit(self._write)
 
     def keep_up(self) -> None:
         """Notices a save that has failed, and tries again when that is due."""
         if self.attempt and self.attempt.done():
             self.saving.note(self._end_attempt())
         elif not self.attempt and self.unsaved and self.saving.due:
-            self._start_attempt()
-
-    def failing_for(self, seconds: float) -> bool:
-        """Tells whether no checkpoint could be written for `seconds`."""
-        return self.saving.failing_for(seconds)
+            self.attempt = self.writer.submit(self._write)
 
     def wait(self, minutes: float = 0) -> None:
         """Waits until all is on disk; where that fails, tries again for `minutes`, once at least.
@@ -271,7 +263,7 @@ class RunFolder:
         """
         deadline, tried = time.monotonic() + 60 * minutes, False
         if self.unsaved and not self.attempt:
-            self._start_attempt()
+            self.attempt = self.writer.submit(self._write)
         while error := self._end_attempt() or self._append():
             if tried and time.monotonic() >= deadline:
                 raise error
@@ -279,11 +271,8 @@ class RunFolder:
                 warn(f"{error}. Trying again in a minute")
                 time.sleep(min(60, max(0, deadline - time.monotonic())))
             tried = True
-            self._start_attempt()
+            self.attempt = self.writer.submit(self._write)
         self.saving.note(None)
-
-    def _start_attempt(self) -> None:
-        self.attempt = self.writer.submit(self._write)
 
     def _end_attempt(self) -> InputError | None:
         """Waits for the save that goes on, if one does, and returns what it failed for."""

@@ -95,9 +95,3 @@ class TrainState:
             f"--learning_rate ({training.learning_rate}), too few --warmup_steps "
             f"({training.warmup_steps}), or --dtype float16 (try bfloat16 or float32)"
         )
-
-
-def check_resumable(checkpoint: dict) -> None:
-    """Raises InputError where a checkpoint is not a StoryGPT_latest.pt of this version."""
-    if "dtype" not in checkpoint:
-        raise InputError("it holds weights alone, or is of an older version")

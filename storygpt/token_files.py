@@ -107,7 +107,8 @@ def load_meta(
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"no prepared data in {data_dir} (no {path}): run {prepare}") from error
+        mend = f"run {prepare}, or pass the --data_dir that has it"
+        raise InputError(f"no prepared data in {data_dir} (no {path}): {mend}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged (not JSON): run {prepare} again") from error
     if not is_meta(meta):

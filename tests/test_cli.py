@@ -32,6 +32,8 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
         ("raise KeyboardInterrupt", 130, ""),
         ("raise io.UnsupportedOperation('not seekable')", 1, "error: not seekable: while"),
         ("raise MemoryError", 1, "error: there is not enough memory"),
+        ("raise RuntimeError('CUDA error: out of memory')", 1, "error: there is not enough memory"),
+        ("raise RuntimeError('CUBLAS_STATUS_ALLOC_FAILED')", 1, "error: there is not enough"),
         ("[print('x' * 9999) for _ in range(99)]", 1, ""),  # its reader leaves after a line
         ("sys.stdin.read()", 0, ""),
     ],
@@ -45,6 +47,17 @@ def test_a_script_ends_without_a_traceback(body, code, says):
     )
     assert done.returncode == code
     assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says), done.stderr
+
+
+@pytest.mark.parametrize(("kind", "told"), [("InputError", False), ("OwnMistake", True)])
+def test_a_process_tells_what_happened_to_it_alone(kind, told):
+    """A full GPU's process was silent, and the others named its output for the reason."""
+    body = f"raise cli.{kind}('no memory')"
+    program = f"from storygpt import cli\ndef main():\n    {body}\ncli.run(main)"
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and ("error: no memory" in done.stderr) == told
 
 
 def test_closed_output_ends_no_run(flags, tmp_path):

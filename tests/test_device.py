@@ -18,7 +18,7 @@ from storygpt.device import (
     pick_dtype,
     use_device,
 )
-from storygpt.kernels import compile_model
+from storygpt.kernels import compile_model, failed_to_compile
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_float32_on_a_gpu_says_that_its_products_are_tf32():
     [
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),  # a seventh of one
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("Tesla T4", 65e12),
@@ -101,6 +102,15 @@ def test_a_compiler_that_does_not_work_ends_only_a_run_that_asks_for_it(monkeypa
     assert not capsys.readouterr().out
     assert compile_model(model, None, cuda) is model
     assert "training goes on without it" in capsys.readouterr().out
+
+
+def test_a_compiler_that_fails_later_on_the_model_is_known_by_its_errors():
+    def broken(graph, inputs):
+        raise ValueError("this shape is too much")
+
+    with pytest.raises(RuntimeError, match="too much") as raised:
+        torch.compile(torch.sin, backend=broken)(torch.ones(2))
+    assert failed_to_compile(raised.value) and not failed_to_compile(RuntimeError("too much"))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs /proc")
@@ -147,7 +157,7 @@ CU130, CU126 = (
         ("580.65.06", None, "is built for CPUs alone: pip install --force-reinstall torch"),
         ("580.65.06", None, CU130),
         ("551.23", None, CU126),
-        ("580.65.06", "13.0", "cannot start its CUDA 13.0: python -c"),
+        ("580.65.06", "13.0", "cannot start its CUDA 13.0 with CUDA_VISIBLE_DEVICES=7: python -c"),
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_one_sentence(driver, cuda, says, monkeypatch, tmp_path):
@@ -156,7 +166,7 @@ def test_a_gpu_that_torch_cannot_use_is_one_sentence(driver, cuda, says, monkeyp
     program.write_text(f"#!/bin/sh\necho '{driver}, NVIDIA GeForce RTX 3060'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # which is not there, for one
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("auto", "cuda"):

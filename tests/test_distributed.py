@@ -19,7 +19,7 @@ from config import GPTConfig, InputError
 from model import GPT
 from storygpt import cli
 from storygpt.checkpoint import load_checkpoint
-from storygpt.distributed import Processes
+from storygpt.distributed import Processes, lost_a_process
 from storygpt.kernels import compile_model, speed_up_training
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -298,6 +298,45 @@ def test_gpus_that_are_not_there_or_cannot_meet_are_one_sentence(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def one_of_one(port: int) -> dict[str, str]:
+    return dict(zip(LAUNCHED, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
+
+
+def test_processes_that_cannot_meet_say_where_and_why(fails, flags):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        says = f"did not meet at 127.0.0.1:{port}: The server socket has failed to listen"
+        fails("train.py", *flags, says=says, **one_of_one(port))
+    fails("train.py", *flags, says=":99999: port must", **one_of_one(99999))
+    says = "GLOO could not start on cpu: "  # an interface of another machine's
+    fails("train.py", *flags, says=says, GLOO_SOCKET_IFNAME="eth9", **one_of_one(free_port()))
+
+
+@pytest.mark.parametrize(
+    ("says", "lost"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40763", True),
+        ("[/gloo/transport/tcp/pair.cc:419] writev [127.0.0.1]:40763: Broken pipe", True),
+        ("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_gloo_says_of_a_process_that_is_gone_is_known(says, lost):
+    assert lost_a_process(RuntimeError(says)) == lost
+
+
+def test_a_restart_goes_on_with_no_other_run(script, fails, data_dir, copy_of_run):
+    """Torchrun starts also those anew that were refused: the folder holds another run."""
+    restarted = one_of_one(free_port()) | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    flags = ["--data_dir", data_dir, "--checkpoint_dir", copy_of_run, "--device", "cpu"]
+    fails("train.py", *flags, says="n_layer was 2 and is now 10", **restarted)
+    fails("train.py", *TINY, *flags, "--seed", 7, says="seed was 1337 and is now 7", **restarted)
+    result = script("train.py", *TINY, *flags, **restarted)
+    assert result.code == 0 and "resuming after step 20" in result.output, result.output
 
 
 def test_a_leftover_world_size_changes_nothing(script, flags, run_dir, tmp_path):

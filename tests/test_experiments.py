@@ -90,6 +90,7 @@ def test_runs_of_one_recipe_differ_in_nothing_but_their_seed(runs):
         replace(other, settings=other.settings | {"learning_rate": 0.001}),
         replace(other, settings=other.settings | {"dropout": 0.2}),
         replace(other, data="other data"),
+        replace(other, start="the sum of other weights"),
     ):
         assert len(group([one, changed])) == 2
 
@@ -113,6 +114,13 @@ def test_what_compare_draws_and_lists_are_the_runs_numbers(runs, tmp_path, monke
         assert validation == pytest.approx(np.array([[mean, 0.5 * 1.5]]))
         loss = 0.5 * np.mean([whole.train_loss[0], short.train_loss[0]])
         assert training == pytest.approx(np.array([[mean, loss]]))
+
+
+def test_steps_whose_lines_are_lost_still_took_their_time(copied):
+    lines = [line | {"tokens_per_second": 512.0} for line in metrics_of(copied)]  # one a second
+    kept = [json.dumps(line) + "\n" for line in lines[:2] + lines[7:]]
+    (copied / "metrics.jsonl").write_text("".join(kept))
+    assert read_run(copied).seconds.tolist() == [10, 20]
 
 
 def test_compare_tells_bits_per_byte_of_the_runs_own_data(script, runs, data_dir, tmp_path):

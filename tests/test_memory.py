@@ -46,6 +46,8 @@ def test_a_resumed_run_keeps_its_cut_on_its_card_and_tries_anew_on_another(scrip
     assert trained("parts", *short, code=75, ROWS="2")["micro_batch"] == 2
     assert trained("parts", *short, code=75, ROWS="4")["micro_batch"] == 2
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "cut")[:2]
+    wider = ("--batch_size", 8, "--gradient_accumulation_steps", 1)  # is asked for, and tried
+    assert trained("parts", *short, *wider, code=75, ROWS="8")["micro_batch"] == 8
     assert trained("parts", "--resume", ROWS="4", CARD="NVIDIA H100")["micro_batch"] == 4
 
 

@@ -33,6 +33,19 @@ def test_smoothing_neither_lags_nor_changes_a_line():
     assert np.allclose(smoothed(noise)[200], noise[200 - 50 : 200 + 51].mean())
 
 
+def test_smoothing_ends_in_a_line_and_not_in_a_single_value():
+    """The mean of fewer and fewer values ended in one: its hook said nothing of the run."""
+    rng = np.random.default_rng(0)
+    for number in (100, 1_499, 5_000):
+        values = 1 / (20 + np.arange(number)) + rng.normal(size=number)
+        reach = number // 100
+        line = np.polyfit(range(2 * reach + 1), values[-2 * reach - 1 :], 1)
+        end = smoothed(values)[-reach - 1 :]  # from the middle of the last window on
+        assert np.allclose(end, np.polyval(line, range(reach, 2 * reach + 1)))
+    for number in (0, 1, 99):  # too few to smooth
+        assert smoothed(values[:number]).tolist() == values[:number].tolist()
+
+
 def test_metrics_are_cut_to_the_step_that_goes_on(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path, 0) == [] and not capsys.readouterr().err

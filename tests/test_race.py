@@ -87,8 +87,7 @@ def checkout(tmp_path) -> Path:
 
 @pytest.fixture
 def races(monkeypatch, capsys):
-    """races(*flags) is what race.py prints, run in this process; 20 steps tell the speed."""
-    monkeypatch.setattr(race, "FEW_STEPS", 20)
+    """races(*flags) is what race.py prints, run in this process."""
 
     def run(*flags) -> str:
         monkeypatch.setattr(sys, "argv", ["race.py", *map(str, (*SMALL, *flags))])
@@ -129,6 +128,7 @@ def test_a_race_scores_ours_and_nanogpt_on_all_that_is_held_out(races, small, ch
         assert float(row["loss"]) == pytest.approx(expected, abs=6e-4)
         bits = expected / math.log(2) * counts["tokens"] / counts["bytes"]
         assert float(row["bits a byte"]) == pytest.approx(bits, abs=6e-4)
+    assert not list(output.glob("*200 steps*"))  # which would outlast a race of so few seconds
     steps = {path.name for path in output.glob("nanoGPT*10 kept/*.pt")}
     assert steps == {f"StoryGPT_step_{step:06}.pt" for step in range(1, 11)}
     assert np.ptp(image.imread(output / "race.png")[..., :3]) > 0.5

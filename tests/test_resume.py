@@ -185,6 +185,35 @@ def test_resuming_a_finished_run_changes_nothing(lost, script, data_dir, run_dir
     assert_same_run(run, run_dir)
 
 
+def test_a_finished_run_needs_its_data_no_more(script, fails, run_dir, copy_of_run):
+    flags = ["--resume", "--data_dir", "nowhere", "--checkpoint_dir", copy_of_run]
+    result = script("train.py", *flags)
+    assert result.code == 0 and "no step was left" in result.output, result.output
+    best = load_checkpoint(run_dir / BEST)["val_loss"]
+    assert f"best val_loss {best:.4f} in {copy_of_run / BEST}" in result.output
+    for path in run_dir.iterdir():
+        assert path.read_bytes() == (copy_of_run / path.name).read_bytes()
+    fails("train.py", *flags, "--seed", 7, says="seed was 1337 and is now 7")
+    (copy_of_run / FINAL).unlink()  # there is something to do
+    fails("train.py", *flags, says="no prepared data in nowhere")
+
+
+def test_a_best_that_is_gone_is_not_said_to_be_there(script, flags, tmp_path):
+    """As where StoryGPT_latest.pt alone was copied to another machine."""
+    run = tmp_path / "run"
+    assert script("train.py", *flags, "--max_hours", "1e-9").code == 75
+    latest = load_checkpoint(run / "StoryGPT_latest.pt")
+    save_checkpoint(run / "StoryGPT_latest.pt", latest | {"best_val_loss": 0.5})
+    result = script("train.py", *flags, "--resume")
+    assert result.code == 0 and f"{run / BEST} is gone" in result.output, result.output
+    best = load_checkpoint(run / BEST)["val_loss"]
+    assert best == min(line.get("val_loss", 99) for line in metrics_of(run))
+    assert f"best val_loss {best:.4f}" in result.output
+    (run / BEST).unlink()
+    result = script("train.py", *flags, "--resume")  # the last step's is as good
+    assert load_checkpoint(run / BEST)["step"] == 20 and "no step was left" in result.output
+
+
 def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp_path):
     flags = ["--resume", "--data_dir", data_dir, "--checkpoint_dir", run_dir]
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
@@ -199,6 +228,14 @@ def test_another_recipe_or_data_is_refused(fails, script, data_dir, run_dir, tmp
     flags[2] = other
     fails("train.py", *flags, says="is not what the run was trained on")
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_other_weights_under_the_name_that_a_run_began_with_are_named():
+    resumed = {"gpt_config": GPTConfig(), "training_config": TrainingConfig(), "step": 7}
+    resumed["init_from"] = {"checkpoint": "a.pt", "sha256": "b"}
+    origin = {"checkpoint": "a.pt", "sha256": "c"}
+    with pytest.raises(InputError, match=r"init_from was a\.pt and is now changed"):
+        goes_on(resumed, GPTConfig(), TrainingConfig(), origin)
 
 
 # They change where a run computes and what it keeps, not what comes out of it.

@@ -233,14 +233,14 @@ def test_a_run_ends_where_no_checkpoint_could_be_written_for_long(saving, tmp_pa
     saving.go()
     saving.folder.save([LATEST], saving.checkpoint, {})
     keep_up(saving.folder)
-    assert not saving.folder.failing_for(10)
+    assert not saving.folder.saving.failing_for(10)
     saving.folder.saving.since -= 601
-    assert saving.folder.failing_for(10)
+    assert saving.folder.saving.failing_for(10)
     with pytest.raises(InputError, match=f"{LATEST} cannot be written"):
         saving.folder.wait()
     (tmp_path / LATEST).rmdir()
     saving.folder.wait()  # the last try comes in time
-    assert not saving.folder.failing_for(10)
+    assert not saving.folder.saving.failing_for(10)
 
 
 def test_metrics_that_could_not_be_written_are_written_later(saving, tmp_path, capsys):
