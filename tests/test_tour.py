@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT
 from matplotlib import image
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import GPTConfig
 from model import GPT
@@ -186,10 +185,6 @@ def test_what_is_wrong_is_one_sentence(fails, run_dir, data_dir, tmp_path):
     fails(SCRIPT, "--checkpoint", tmp_path / "no.pt", *flags, says="there is no checkpoint")
     run = ("--checkpoint", run_dir / "StoryGPT_best.pt")
     fails(SCRIPT, *run, *flags, "--row", 8, says="row 8 is over 7")
-    foreign = tmp_path / "foreign" / "gpt2"
-    shape = {"vocab_size": 512, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(foreign)
-    fails(SCRIPT, "--checkpoint", foreign, *flags, says="metrics.jsonl: pass the --checkpoint of")
     moved = shutil.copy(run_dir / "StoryGPT_best.pt", tmp_path)
     fails(
         SCRIPT,
@@ -245,14 +240,11 @@ def test_the_notebook_finds_the_code_beside_it_in_a_clone_or_in_a_zip(place, tmp
             assert words == ("pip", "install --quiet -r requirements.txt")
 
     names = {"get_ipython": Shell}
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    monkeypatch.setenv("GIT_TERMINAL_PROMPT", "1")
     monkeypatch.chdir(repository / "docs" if place == "docs" else tmp_path)
     code = ipython.TransformerManager().transform_cell(code.replace(constant, str(address)))
     if place == "nowhere":
         with pytest.raises(AssertionError, match="change that address to your repo's"):
             exec(code, names)
-        assert os.environ["GIT_TERMINAL_PROMPT"] == "0"  # or Kaggle's cell would wait for ever
         return
     exec(code, names)
     assert Path("train.py").exists()
@@ -277,10 +269,11 @@ def test_the_notebook_runs(tmp_path):
     cell["source"] = SMALL
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/tour.ipynb").write_text(json.dumps(notebook))
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute"]
     result = subprocess.run(
         [*command, "--output", "told.ipynb", tmp_path / "docs/tour.ipynb"],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
