@@ -106,10 +106,7 @@ def tell_aloud(model, arguments: Arguments) -> None:
     settings = asdict(arguments.sampling)
     check_sampling(idx, **settings)  # before the prompt is shown
     columns = model.stream(
-        idx,
-        **settings,
-        end_of_text=tokenizer.eot_token,
-        generator=generators(seeds, device),
+        idx, **settings, end_of_text=tokenizer.eot_token, generator=generators(seeds, device)
     )
     begun, told = time.perf_counter(), 0
     streams, texts = [TextStream(tokenizer) for _ in seeds], [[] for _ in seeds]

@@ -107,10 +107,7 @@ def prepare(arguments: Arguments) -> None:
             revision=arguments.revision,
             seed=arguments.seed,
         )
-        with (
-            writing(data_dir, "pass another --data_dir"),
-            scratch_folder(data_dir) as scratch,
-        ):
+        with writing(data_dir, "pass another --data_dir"), scratch_folder(data_dir) as scratch:
             read, empty, distinct = encode_splits(source, scratch, pool, arguments)
             meta = {
                 "dataset": arguments.dataset,

@@ -120,11 +120,11 @@ def main() -> None:
         del plan  # a copy of all that was resumed from
         status = train(run, state)
     except Exception as error:
-        if training and cli.is_out_of_memory(error):
-            raise cli.advice_on_memory(training, micro_batch) from error
-        if failed_to_compile(error):
+        if failed_to_compile(error):  # first: a compiler's output may hold any word
             reason = cli.one_line(error)
             raise InputError(f"torch.compile failed ({reason}): pass --compile False") from error
+        if training and cli.is_out_of_memory(error):
+            raise cli.advice_on_memory(training, micro_batch) from error
         if lost_a_process(error):
             raise InputError(
                 "lost another process of this run; what ended it is in that one's output"
@@ -459,9 +459,10 @@ def parse_arguments(
 def has_nothing_left(plan: Plan) -> bool:
     """Tells whether a run needs no more data than there is: it is finished, and has none here."""
     arguments, latest = plan.arguments, plan.latest
-    finished = latest and latest["step"] == arguments.training.max_steps
-    final, meta = arguments.checkpoint_dir / FINAL, arguments.data_dir / META
-    return bool(finished) and final.exists() and not meta.exists()
+    if not latest or latest["step"] < arguments.training.max_steps:
+        return False
+    whole = all((arguments.checkpoint_dir / name).exists() for name in (BEST, FINAL))
+    return whole and not (arguments.data_dir / META).exists()
 
 
 def resumption(latest: dict | None) -> str:

@@ -154,7 +154,7 @@ class _Unfailing:
 
 def never_stop_for_output() -> None:
     """Lets what cannot be printed from here on be lost, and nothing else with it."""
-    sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
+    sys.stdout = _Unfailing(sys.stdout)  # as `run` does with stderr
 
 
 def is_out_of_memory(error: BaseException) -> bool:

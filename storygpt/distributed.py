@@ -23,7 +23,8 @@ Stop = Literal["signal", "time"]  # what a run is stopped for before its last st
 
 def lost_a_process(error: BaseException) -> bool:
     """Tells whether another process of this run is gone: gloo has no error of its own for that."""
-    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    said = str(error).replace("\\", "/")  # a path of gloo's own, on Windows too
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in said
     return isinstance(error, dist.DistError) or gloo
 
 

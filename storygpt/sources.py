@@ -41,10 +41,11 @@ SPLIT_WORDS |= dict.fromkeys(
     ("val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"), "validation"
 )
 WORD = re.compile(r"[^\W_]+")
-# numbers of shards, versions and copies, at either end of a name without its endings
+# numbers of shards, versions and copies, at either end of a name without its endings; a number is
+# never tried in parts (++), or one of thirty digits would take hours
 SHARD = re.compile(
-    r"^(\d+[-_. ]+)+|([-_. ]+v\d+|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d+"
-    r"([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{16})?)?)+$"
+    r"^(\d+[-_. ]+)+|([-_. ]+v\d++|[-_. ]*\(\d+\)|([-_. ]+(part|shard|chunk))?[-_. ]*\d++"
+    r"([-_. ]of[-_. ]\d++([-_. ][0-9a-f]{16})?)?)+$"
 )
 OF_SHARDS = re.compile(r"(.*?)\d+[-_. ]of[-_. ](\d+)", re.DOTALL)
 # a file of the branch where the Hub keeps data sets as parquet: SUBSET/SPLIT/0000.parquet

@@ -321,6 +321,7 @@ def test_processes_that_cannot_meet_say_where_and_why(fails, flags):
     [
         ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40763", True),
         ("[/gloo/transport/tcp/pair.cc:419] writev [127.0.0.1]:40763: Broken pipe", True),
+        (r"[..\gloo\transport\uv\pair.cc:598] Connection closed by peer [127.0.0.1]:1", True),
         ("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms", True),
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],

@@ -194,8 +194,10 @@ def test_a_finished_run_needs_its_data_no_more(script, fails, run_dir, copy_of_r
     for path in run_dir.iterdir():
         assert path.read_bytes() == (copy_of_run / path.name).read_bytes()
     fails("train.py", *flags, "--seed", 7, says="seed was 1337 and is now 7")
-    (copy_of_run / FINAL).unlink()  # there is something to do
-    fails("train.py", *flags, says="no prepared data in nowhere")
+    for name in (BEST, FINAL):  # there is something to do
+        (copy_of_run / name).rename(copy_of_run / "aside")
+        fails("train.py", *flags, says="no prepared data in nowhere")
+        (copy_of_run / "aside").rename(copy_of_run / name)
 
 
 def test_a_best_that_is_gone_is_not_said_to_be_there(script, flags, tmp_path):

@@ -153,6 +153,9 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("stories [val]", "validation"),
         ("holdout/a", "validation"),
         ("00001", "train"),
+        # as Spark names them: no number is tried in parts, which would take hours
+        (f"{'1234567890' * 5}-c000", "train"),
+        (f"test-of-{'1234567890' * 5}x", "test"),
     ],
 )
 def test_the_split_follows_from_the_name(path, split):
