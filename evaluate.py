@@ -81,7 +81,7 @@ def check(arguments: Arguments) -> None:
 def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dict:
     """Returns the losses on all of a split. Raises InputError where they are no numbers."""
     counts, end_of_text = meta["splits"][arguments.split], meta["end_of_text"]
-    tokens = load_tokens(arguments.data_dir, arguments.split, meta, 0)  # shorter than a window, too
+    tokens = load_tokens(arguments.data_dir, arguments.split, meta)
     loss = exact_loss(model, tokens, end_of_text, arguments.batch_size)
     if not math.isfinite(perplexity(loss)):
         raise InputError(f"the model's loss is {loss}: the weights are broken")
@@ -107,8 +107,8 @@ def score(model: GPT, checkpoint: dict, meta: dict, arguments: Arguments) -> dic
 def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
     """Returns how the model's stories read beside held-out ones. Raises InputError."""
     context_length, sampling = model.config.context_length, asdict(arguments.sampling)
-    held_out = load_tokens(arguments.data_dir, "validation", meta, 0)
-    train = load_tokens(arguments.data_dir, "train", meta, 0, verify=False)
+    held_out = load_tokens(arguments.data_dir, "validation", meta)
+    train = load_tokens(arguments.data_dir, "train", meta, verify=False)
     sets = collect_stories(
         model,
         split_stories(held_out, meta["end_of_text"]),

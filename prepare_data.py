@@ -152,10 +152,7 @@ def encode_splits(
             stories = islice(kept_stories(rows, skipped), arguments.max_stories)
             parts = []
             for part in encode_in_parallel(
-                batched(stories),
-                pool,
-                vocab_size=arguments.vocab_size,
-                num_proc=arguments.num_proc,
+                batched(stories), pool, vocab_size=arguments.vocab_size, num_proc=arguments.num_proc
             ):
                 file.write(part.ids.data)
                 seen[part.ids.astype(np.intp)] = True  # NumPy is twice as slow to convert them

@@ -119,8 +119,8 @@ def save_figure(figure, path: Path, dpi: int) -> None:
 
 
 def refuse_pointers(paths: list[Path]) -> None:
-    """Raises InputError where git has left the pointer to a large file instead of the file, or one
-    cannot be read."""
+    """Raises InputError where there is git's pointer to a large file instead of the file, or a web
+    page about it, or one cannot be read."""
     for path in paths:
         try:
             with path.open("rb") as file:

@@ -277,7 +277,7 @@ def notes_on(splits: Found, declared: bool) -> list[str]:
         for (first, number), have in Counter(match.groups() for match in shards).items()
         if have < int(number)
     ]
-    if any("/partial-" in name for name in names):
+    if any("/partial-" in name for name in filter(CONVERTED.fullmatch, names)):
         notes += ["it is part of a data set: the Hub keeps no more of it as parquet"]
     if declared:
         return notes

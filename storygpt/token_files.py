@@ -145,7 +145,7 @@ def perplexity(loss: float) -> float:
 
 
 def load_tokens(
-    data_dir: Path, split: str, meta: dict, context_length: int, verify: bool = True
+    data_dir: Path, split: str, meta: dict, context_length: int = 0, verify: bool = True
 ) -> np.ndarray:
     """Returns the (tokens,) uint16 ids of one split, memory-mapped.
 

@@ -190,6 +190,8 @@ def test_what_the_hub_converted_in_part_is_noted(tmp_path):
     assert read(tmp_path) == {"train": LONG[:8], "validation": LONG[8:]}
     (note,) = open_stories(str(tmp_path)).notes
     assert note.startswith("it is part of a data set")
+    put(tmp_path / "own", {"a/partial-drafts/b.jsonl": jsonl(LONG)})  # somebody's own folder
+    assert not open_stories(str(tmp_path / "own")).notes
 
 
 def test_shards_that_are_missing_are_noted(tmp_path):
