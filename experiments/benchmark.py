@@ -303,7 +303,7 @@ def read_stories(dataset: str, seed: int) -> list[str]:
         prepare(dataset, folder, seed)
         meta, stories = load_meta(folder, GPT2_VOCAB_SIZE), []
         for split in SPLITS:
-            tokens = np.array(load_tokens(folder, split, meta, context_length=0))
+            tokens = np.array(load_tokens(folder, split, meta))
             ends = np.flatnonzero(tokens == meta["end_of_text"])
             stories += [ids[:-1].tolist() for ids in np.split(tokens, ends[:-1] + 1)]
             # each but the last of its end-of-text
