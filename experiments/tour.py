@@ -326,15 +326,15 @@ def draw_training(steps: list[dict], norms: np.ndarray, clip: float, path: Path)
 def main() -> None:
     arguments = cli.parse_flags(Arguments)
     checkpoint = load_checkpoint(arguments.checkpoint)
-    metrics_path = arguments.checkpoint.parent / METRICS
-    if not metrics_path.exists():  # before more is asked of it: another's GPT-2 knows no training
-        raise InputError(f"there is no {metrics_path}: pass the --checkpoint of a run's own folder")
     model = build_model(checkpoint, arguments.checkpoint)
     config, training = model.config, checkpoint["training_config"]
     windows = training.batch_size * training.gradient_accumulation_steps
     check_whole("row", arguments.row, 0, windows - 1)
     meta = load_meta(arguments.data_dir, config.vocab_size)
     tokens = load_tokens(arguments.data_dir, "train", meta, config.context_length)
+    metrics_path = arguments.checkpoint.parent / METRICS
+    if not metrics_path.exists():
+        raise InputError(f"there is no {metrics_path}: pass the --checkpoint of a run's own folder")
     metrics = parse_metrics(metrics_path.read_bytes(), metrics_path)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, end = load_tokenizer(config.vocab_size), meta["end_of_text"]
