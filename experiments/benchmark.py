@@ -41,7 +41,7 @@ from model import GPT
 from storygpt.device import autocast, dtype_name, peak_memory, pick_dtype, use_device
 from storygpt.kernels import compile_model, pack_linears, speed_up_training
 from storygpt.optimizer import Optimizer
-from storygpt.token_files import SPLITS, load_meta, load_tokens
+from storygpt.token_files import SPLITS, load_meta, load_tokens, split_stories
 from storygpt.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
 
 PREPARE_DATA = Path(__file__).resolve().parent.parent / "prepare_data.py"
@@ -304,9 +304,7 @@ def read_stories(dataset: str, seed: int) -> list[str]:
         meta, stories = load_meta(folder, GPT2_VOCAB_SIZE), []
         for split in SPLITS:
             tokens = np.array(load_tokens(folder, split, meta))
-            ends = np.flatnonzero(tokens == meta["end_of_text"])
-            stories += [ids[:-1].tolist() for ids in np.split(tokens, ends[:-1] + 1)]
-            # each but the last of its end-of-text
+            stories += [ids.tolist() for ids in split_stories(tokens, meta["end_of_text"])]
     return load_tokenizer().decode_batch(stories)
 
 
