@@ -1,5 +1,6 @@
 """What stories have word for word from `train.bin`, which is looked through once, by chunks."""
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -49,7 +50,8 @@ class CopySearch:
     def __init__(self, stories: Sequence[np.ndarray], lengths: Sequence[int]):
         self.ids = np.concatenate([np.append(GAP, story) for story in stories])
         self.found = {n: np.zeros(len(self.ids), bool) for n in lengths}
-        self.longest, self.longest_at, self.shortest = 0, 0, min(lengths)
+        self.shortest, self.most = min(lengths), max(len(story) for story in stories)
+        self.longest, self.longest_at = 0, 0
         self.table = np.zeros(2**TABLE_BITS, bool)  # rules most windows of a chunk out at one look
         self.table[table_places(window_hashes(self.ids, self.shortest))] = True
 
@@ -58,10 +60,12 @@ class CopySearch:
         at = np.flatnonzero(self.table[table_places(window_hashes(chunk, self.shortest))])
         for n, found in self.found.items():
             found |= self._stands(n, chunk, at)
-        longer = max(self.shortest, self.longest + 1)
-        while (stands := self._stands(longer, chunk, at)).any():
-            self.longest, self.longest_at = longer, int(stands.argmax())
-            longer += 1
+        lengths = range(max(self.shortest, self.longest + 1), self.most + 1)
+        if lengths and self._stands(lengths[0], chunk, at).any():
+            # a run of n tokens begins with one of n - 1, so the longest is found by halving
+            number = bisect(lengths, False, key=lambda n: not self._stands(n, chunk, at).any())
+            self.longest = lengths[number - 1]
+            self.longest_at = int(self._stands(self.longest, chunk, at).argmax())
 
     def share(self, n: int) -> np.ndarray:
         """Returns the share of each story's tokens inside a run of at least `n` that was found:
