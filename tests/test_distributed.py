@@ -196,7 +196,8 @@ def test_two_launchers_meet_as_two_nodes_and_meet_again_after_a_death(data_dir, 
     wait_for_steps(tmp_path, 7)
     os.kill(*workers_of(first.pid), signal.SIGKILL)
     outputs = [finish(first), finish(second)]
-    assert sum(output.count("done: ") for output in outputs) == 1
+    # Once; again where death came after the last step, and all were started to find nothing left.
+    assert sum(output.count("done: ") for output in outputs) in (1, 2)
     assert_close(tmp_path, single)
 
 
