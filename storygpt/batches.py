@@ -37,7 +37,11 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.layout[0] / self.windows_per_step
+        return self.windows_per_epoch / self.windows_per_step
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return self.layout[0]
 
     @cached_property
     def layout(self) -> tuple[int, range]:

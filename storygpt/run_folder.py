@@ -247,14 +247,14 @@ class RunFolder:
         for name in names:
             self.unsaved.pop(name, None)  # an older one gives up its place in the order
             self.unsaved[name] = states[name]
-        self.attempt = self.writer.submit(self._write)
+        self._start_attempt()
 
     def keep_up(self) -> None:
         """Notices a save that has failed, and tries again when that is due."""
         if self.attempt and self.attempt.done():
             self.saving.note(self._end_attempt())
         elif not self.attempt and self.unsaved and self.saving.due:
-            self.attempt = self.writer.submit(self._write)
+            self._start_attempt()
 
     def wait(self, minutes: float = 0) -> None:
         """Waits until all is on disk; where that fails, tries again for `minutes`, once at least.
@@ -263,7 +263,7 @@ class RunFolder:
         """
         deadline, tried = time.monotonic() + 60 * minutes, False
         if self.unsaved and not self.attempt:
-            self.attempt = self.writer.submit(self._write)
+            self._start_attempt()
         while error := self._end_attempt() or self._append():
             if tried and time.monotonic() >= deadline:
                 raise error
@@ -271,8 +271,11 @@ class RunFolder:
                 warn(f"{error}. Trying again in a minute")
                 time.sleep(min(60, max(0, deadline - time.monotonic())))
             tried = True
-            self.attempt = self.writer.submit(self._write)
+            self._start_attempt()
         self.saving.note(None)
+
+    def _start_attempt(self) -> None:
+        self.attempt = self.writer.submit(self._write)
 
     def _end_attempt(self) -> InputError | None:
         """Waits for the save that goes on, if one does, and returns what it failed for."""

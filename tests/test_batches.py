@@ -30,7 +30,7 @@ def targets_of_an_epoch(num_tokens: int, length: int, epoch: int) -> np.ndarray:
     """How often each position is a target in all windows of one epoch, drawn as one step."""
     tokens = np.arange(num_tokens, dtype="<u2")
     one = make(tokens, seed=3, windows_per_step=1, context_length=length)
-    whole = replace(one, windows_per_step=one.layout[0])
+    whole = replace(one, windows_per_step=one.windows_per_epoch)
     _, y = whole(epoch + 1, range(whole.windows_per_step))
     return np.bincount(y.flatten(), minlength=num_tokens)
 
@@ -59,7 +59,7 @@ def test_each_token_is_a_target_once_an_epoch_but_for_less_than_a_window_at_eith
 def test_two_epochs_in_steps_that_cross_them():
     tokens = np.arange(1000, dtype="<u2")
     batches = make(tokens, seed=3, windows_per_step=8)
-    num_windows = batches.layout[0]
+    num_windows = batches.windows_per_epoch
     assert num_windows % 8 and 2 * num_windows % 8  # both epochs end within a step
     steps = range(1, 2 * num_windows // 8 + 2)
     rows = np.concatenate([batches(s, range(8))[1] for s in steps])

@@ -16,7 +16,7 @@ import train
 from config import InputError
 from storygpt.checkpoint import load_checkpoint
 from storygpt.cli import progress_bar
-from storygpt.log import Log, start_tracker
+from storygpt.log import Log, start_tracker, words_when_done
 from storygpt.tokenizer import load_tokenizer
 
 
@@ -121,27 +121,30 @@ def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys)
             log.add(entry)
         log.start = time.monotonic() - 10
         how = {"script": Path("train.py"), "launcher": "python", "tracker": "none"}
-        said = log.stopped(data_dir=tmp_path / "data", **how) if status else log.speed()
+        if status:
+            said = log.stopped(data_dir=tmp_path / "data", **how)
+        else:
+            said = words_when_done(tmp_path, best_val_loss=2.0, speed=log.speed())
     assert "2,000 tokens/s with saves and evaluations" in said
     assert (f"python {ROOT}/train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
+    assert ("best val_loss 2.0000" in said) == (status == 0)
     assert (tmp_path / "loss_plot.png").exists()
     # 60 steps are left, of 1,000 tokens at 500 a second
     assert log.bar.n == 30 and "about 0:02:00 to go at 500 tokens/s" in capsys.readouterr().out
 
 
-def test_what_only_shows_a_run_ends_none(tmp_path, capsys):
+def test_what_only_shows_a_run_ends_none(capsys):
     def track(entry: dict) -> None:
         raise ConnectionError("gone\nfor good") if entry["step"] > 1 else TimeoutError
 
-    nowhere = tmp_path / "no" / "folder"  # for the plot
+    nowhere = Path("no") / "folder"  # for the plot
     log = Log([], 0, 30, nowhere, track, 1.0, torch.device("cpu"), torch.float32)
     with log:
         for entry in entries(5):
             log.add(entry)
     said = capsys.readouterr().err
     assert said.count("could not show the run: gone for good\n") == 4
-    assert "could not show the run: TimeoutError" in said
-    assert "see that its folder and its disk are still there" in said  # of the plot's
+    assert "could not show the run: TimeoutError" in said and "loss_plot.png cannot be" in said
 
 
 def test_a_log_file_is_not_filled_with_progress(capsys):
