@@ -71,7 +71,7 @@ def converse(model, arguments: Arguments) -> None:
     prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
     while True:
         try:
-            line = input(question)
+            line = input(question).removeprefix("\ufeff")  # of a file from Windows
             prompt, seed = (line, arguments.seed) if line else (prompt, untold)
             untold = seed + arguments.num_samples
             tell_aloud(model, replace(arguments, prompt=prompt, seed=seed))
