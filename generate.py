@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from config import GenerationSettings, Precision, check_whole
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, printable, run
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, printable, run, warn
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -94,12 +94,12 @@ def tell_aloud(model, arguments: Arguments) -> None:
     tokenizer = load_tokenizer(model.config.vocab_size)
     start, context_length = prompt_ids(arguments.prompt, tokenizer), model.config.context_length
     if len(start) > context_length:
-        hint(
+        warn(
             f"the prompt has {len(start)} tokens, more than the model's context of "
             f"{context_length}: only its last {context_length} are read"
         )
     if arguments.prompt.endswith(" "):
-        hint("the prompt ends in a space, which tokens begin with: without it the story is better")
+        warn("the prompt ends in a space, which tokens begin with: without it the story is better")
     device = model.wte.weight.device
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     idx = torch.tensor([start] * len(seeds), device=device)
@@ -120,17 +120,12 @@ def tell_aloud(model, arguments: Arguments) -> None:
     seconds = time.perf_counter() - begun
     for stream, text in list(zip(streams, texts, strict=True))[1:]:
         show("\n" + "-" * 40 + "\n" + arguments.prompt + "".join(text) + stream.close() + "\n")
-    hint(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s")
+    warn(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s")
 
 
 def show(text: str) -> None:
     """Prints a piece of a story at once; on a terminal nothing that would give it orders."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-def hint(text: str) -> None:
-    """Prints to stderr, so that redirected stdout is the stories alone."""
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

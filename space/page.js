@@ -240,6 +240,7 @@ setInterval(() => {
 // --- Stories ---
 
 function showStories() {
+  const lang = known.language;
   cards = stories.map((story, i) => {
     const button = (textContent) => {
       const ariaLabel = `${textContent}: seed ${story.seed}`;
@@ -252,7 +253,7 @@ function showStories() {
     copied.onclick = () => copy(story.given + stories[i].text, copied);
     look.onclick = () => lookInside(i);
     const given = make("mark", { textContent: story.given });
-    const paragraph = make("p", { dir: "auto", translate: false }, given, text);
+    const paragraph = make("p", { dir: "auto", lang, translate: false }, given, text);
     const article = make("article", {}, paragraph, make("footer", {}, count, copied, look));
     return { article, text, count, look };
   });

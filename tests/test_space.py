@@ -382,6 +382,14 @@ def test_a_folder_is_called_what_its_card_calls_it(app, folder):
         assert app.title(folder) == folder.name
 
 
+def test_a_story_is_read_aloud_in_the_language_that_the_card_names(app, folder):
+    for named, expected in (("de", "de"), ("[zh, en]", "zh"), ("[]", "en"), ('"<b>"', "&lt;b&gt;")):
+        (folder / "README.md").write_text(f"---\nlanguage: {named}\n---\n")
+        html = app.render(app.load(str(folder)))
+        assert f'<article><p dir="auto" lang="{expected}"' in html, named
+    assert '<html lang="en">' in html  # the page itself
+
+
 def test_one_sentence_says_what_it_is_as_far_as_it_is_known(app, published):
     def about(name: str, data: dict) -> tuple[str, list[str]]:
         html = app.about(app.Published(name, published.model, None, {"data": data}))
