@@ -1141,6 +1141,50 @@ def test_the_keyboard_reaches_and_uses_everything(space, browser, width, dark):
     assert visitor.fits()
 
 
+def test_what_is_asked_for_is_said_aloud_also_the_second_time(space, browser):
+    """And nothing is that nobody asked for."""
+    visitor = Visitor(browser, space.url)
+    visitor.told(1337)
+    assert visitor.text("#said") == ""
+    said = "document.querySelector('#said')"
+    listen = f"new MutationObserver(() => heard.push({said}.textContent))"
+    visitor.run(f"(window.heard = [], {listen}.observe({said}, {{childList: true}}))")
+    for _ in range(2):
+        visitor.click("#openings button")
+        visitor.told(1337)
+    visitor.run("(navigator.clipboard.writeText = async () => {})")
+    visitor.click("#link")
+    visitor.click("article button")
+    heard = until(lambda: len(visitor.run("heard")) >= 4 and visitor.run("heard"))
+    assert len(heard) == 4 and heard[0] == heard[1] and heard[0].startswith(OPENING)
+    assert heard[2:] == ["Copied", "Copied"]
+
+
+def test_a_finger_names_the_dots(space, browser):
+    visitor = Visitor(browser, space.url, width=390)
+    visitor.look_inside()
+    for picture in ("map", "strip"):
+        canvas = f"document.querySelector('#heads .{picture}')"
+        visitor.run(f"{canvas}.scrollIntoView()")
+        visitor.run("(document.querySelector('.hint').textContent = '')")
+        box = visitor.run(f"{canvas}.getBoundingClientRect().toJSON()")
+        place = {"x": box["right"] - 3, "y": box["bottom"] - 3}
+        for kind, fingers in (("touchStart", [place]), ("touchEnd", [])):
+            touch = {"type": kind, "touchPoints": fingers}
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", touch)
+        until(lambda: visitor.text("figure:first-child .hint").startswith("at "))
+
+
+def test_a_story_under_a_phones_keyboard_is_scrolled_to(space, browser):
+    """Which leaves less to see, as enlarging does."""
+    visitor = Visitor(browser, space.url, width=390)
+    top = "document.querySelector('#status').getBoundingClientRect().top"
+    assert 100 < visitor.run(top) < 450
+    browser.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": 5})
+    visitor.run("document.querySelector('form').requestSubmit()")
+    until(lambda: visitor.run(top) < 5)
+
+
 def test_a_phone_scrolls_to_the_story(space, browser):
     visitor = Visitor(browser, space.url, width=390)
     visitor.set(prompt="One day")  # which opens the settings
