@@ -68,12 +68,12 @@ def converse(model, arguments: Arguments) -> None:
         import readline  # noqa: F401, input() then has history and arrow keys
     sys.stdin.reconfigure(errors="replace", newline=None)  # lines may end as on Windows
     question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # a file is stories alone
-    prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
+    prompt, next_seed = arguments.prompt, arguments.seed  # which an empty line takes
     while True:
         try:
             line = input(question).removeprefix("\ufeff")  # of a file from Windows
-            prompt, seed = (line, arguments.seed) if line else (prompt, untold)
-            untold = seed + arguments.num_samples
+            prompt, seed = (line, arguments.seed) if line else (prompt, next_seed)
+            next_seed = seed + arguments.num_samples
             tell_aloud(model, replace(arguments, prompt=prompt, seed=seed))
         except KeyboardInterrupt:
             print()

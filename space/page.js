@@ -124,8 +124,7 @@ function tellForm() {
   if (parent !== window) parent.postMessage({ hash }, "https://huggingface.co"); // around a Space
   tell(true);
   const place = $("#status").getBoundingClientRect().top;
-  // of what a phone's keyboard leaves to see, too
-  if (place > visualViewport.height / 2) $("#status").scrollIntoView();
+  if (place > innerHeight / 2) $("#status").scrollIntoView(); // a phone, or open settings
 }
 
 async function tell(wasAsked) {
