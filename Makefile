@@ -37,9 +37,12 @@ lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The newest is the last that torch, as requirements.txt bounds it, has wheels for.
+# What torch, as requirements.txt bounds it, has no wheels for.
 NEEDS = StoryGPT needs Python 3.11 or newer, up to 3.14: make PYTHON=python3.12 demo
-CHECK = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and '$(NEEDS)')
+INTEL = There is no torch for Intel Macs, nor for an Intel Python on a newer one: take an arm64 one
+CHECK = import platform, sys; sys.exit( \
+	not (3, 11) <= sys.version_info < (3, 15) and '$(NEEDS)' or \
+	(sys.platform, platform.machine()) == ('darwin', 'x86_64') and '$(INTEL)')
 
 # Not .venv: a Python that lacks venv's parts (Debian's, without python3-venv) makes that and fails.
 .venv/bin/pip:

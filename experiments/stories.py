@@ -89,7 +89,7 @@ def main() -> None:
         raise InputError(f"every evaluation needs a {over} of its own, and these have {values}")
     columns = {f"{over} {report[over]:,}": report["columns"][column] for report in reports}
     print(story_table(columns | {"held-out": reports[-1]["columns"]["held-out"]}))
-    draw(reports, over, column, arguments.output)
+    draw(reports, over=over, column=column, path=arguments.output)
 
 
 if __name__ == "__main__":
