@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer: they set up .venv themselves.
+# `make demo` and `make test` need nothing but Python 3.11 to 3.14: they set up .venv themselves.
 # Any make will do. (.venv/bin/pip is never called: in a clone that was copied or moved it would
 # install into the one that it comes from.)
 
@@ -37,8 +37,12 @@ lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-NEEDS = StoryGPT needs Python 3.11 or newer
-CHECK = import sys; sys.exit(sys.version_info < (3, 11) and '$(NEEDS): make PYTHON=python3.12 demo')
+# What torch, as requirements.txt bounds it, has no wheels for.
+NEEDS = StoryGPT needs Python 3.11 or newer, up to 3.14: make PYTHON=python3.12 demo
+INTEL = There is no torch for Intel Macs, nor for an Intel Python on a newer one: take an arm64 one
+CHECK = import platform, sys; sys.exit( \
+	not (3, 11) <= sys.version_info < (3, 15) and '$(NEEDS)' or \
+	(sys.platform, platform.machine()) == ('darwin', 'x86_64') and '$(INTEL)')
 
 # Not .venv: a Python that lacks venv's parts (Debian's, without python3-venv) makes that and fails.
 .venv/bin/pip:

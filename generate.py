@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from config import GenerationSettings, Precision, check_whole
-from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, printable, run
+from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, printable, run, warn
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -68,12 +68,12 @@ def converse(model, arguments: Arguments) -> None:
         import readline  # noqa: F401, input() then has history and arrow keys
     sys.stdin.reconfigure(errors="replace", newline=None)  # lines may end as on Windows
     question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # a file is stories alone
-    prompt, untold = arguments.prompt, arguments.seed  # the seed that an empty line takes
+    prompt, next_seed = arguments.prompt, arguments.seed  # which an empty line takes
     while True:
         try:
-            line = input(question)
-            prompt, seed = (line, arguments.seed) if line else (prompt, untold)
-            untold = seed + arguments.num_samples
+            line = input(question).removeprefix("\ufeff")  # of a file from Windows
+            prompt, seed = (line, arguments.seed) if line else (prompt, next_seed)
+            next_seed = seed + arguments.num_samples
             tell_aloud(model, replace(arguments, prompt=prompt, seed=seed))
         except KeyboardInterrupt:
             print()
@@ -94,12 +94,12 @@ def tell_aloud(model, arguments: Arguments) -> None:
     tokenizer = load_tokenizer(model.config.vocab_size)
     start, context_length = prompt_ids(arguments.prompt, tokenizer), model.config.context_length
     if len(start) > context_length:
-        hint(
+        warn(
             f"the prompt has {len(start)} tokens, more than the model's context of "
             f"{context_length}: only its last {context_length} are read"
         )
     if arguments.prompt.endswith(" "):
-        hint("the prompt ends in a space, which tokens begin with: without it the story is better")
+        warn("the prompt ends in a space, which tokens begin with: without it the story is better")
     device = model.wte.weight.device
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     idx = torch.tensor([start] * len(seeds), device=device)
@@ -120,17 +120,12 @@ def tell_aloud(model, arguments: Arguments) -> None:
     seconds = time.perf_counter() - begun
     for stream, text in list(zip(streams, texts, strict=True))[1:]:
         show("\n" + "-" * 40 + "\n" + arguments.prompt + "".join(text) + stream.close() + "\n")
-    hint(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s")
+    warn(f"\n{told} tokens in {seconds:.1f} s, {told / seconds:.0f} tokens/s")
 
 
 def show(text: str) -> None:
     """Prints a piece of a story at once; on a terminal nothing that would give it orders."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-def hint(text: str) -> None:
-    """Prints to stderr, so that redirected stdout is the stories alone."""
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

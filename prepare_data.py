@@ -30,7 +30,7 @@ import numpy as np
 from filelock import FileLock
 
 from config import InputError, PresetName, check_whole, preset
-from storygpt.cli import one_line, parse_flags, progress_bar, run
+from storygpt.cli import one_line, parse_flags, progress_bar, run, usable_cpus
 from storygpt.encoding import NO_STORIES, Encoded, concatenate, encode_stories, opening_of
 from storygpt.files import take_lock, writing
 from storygpt.sources import Stories, list_left_out, open_stories
@@ -43,13 +43,6 @@ MOST_PROCESSES = 61 if sys.platform == "win32" else 1_000  # no more can be wait
 NUM_OPENINGS = 5
 RAREST_OPENING = 0.01  # of the stories
 SCRATCH_IDS = "stories.ids"  # of all stories, whatever their split
-
-
-def usable_cpus() -> int:
-    """Returns how many CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,12 @@ def open_ours(path: Path, device: torch.device) -> Model:
     model, _ = load_model(path, device)
     config, tokenizer = model.config, load_tokenizer(model.config.vocab_size)
     return Model(
-        model.num_parameters(),
-        config.vocab_size,
-        config.context_length,
-        tokenizer.eot_token,
-        tokenizer.encode_ordinary,
-        logits_of(model),
+        parameters=model.num_parameters(),
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        start=tokenizer.eot_token,
+        encode=tokenizer.encode_ordinary,
+        logits=logits_of(model),
     )
 
 
@@ -96,12 +96,12 @@ def open_theirs(name: str, device: torch.device) -> Model:
     start, encode = open_tokenizer(name, model.config.vocab_size)
     model.to(device).eval()
     return Model(
-        sum(p.numel() for p in model.parameters()),
-        model.config.vocab_size,
-        getattr(model.config, "max_position_embeddings", 2048),
-        start,
-        encode,
-        lambda idx: model(idx.to(device), use_cache=False).logits,
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocab_size=model.config.vocab_size,
+        context_length=getattr(model.config, "max_position_embeddings", 2048),
+        start=start,
+        encode=encode,
+        logits=lambda idx: model(idx.to(device), use_cache=False).logits,
     )
 
 
@@ -153,10 +153,8 @@ def read_stories(arguments: Arguments) -> tuple[list[str], dict]:
     """The held-out texts, and what tells them from others. Raises InputError."""
     meta = load_meta(arguments.data_dir, None)
     tokens = load_tokens(arguments.data_dir, "validation", meta, 1)
-    stories, tokenizer = (
-        split_stories(tokens, meta["end_of_text"]),
-        load_tokenizer(meta["vocab_size"]),
-    )
+    stories = split_stories(tokens, meta["end_of_text"])
+    tokenizer = load_tokenizer(meta["vocab_size"])
     number = min(arguments.num_stories or len(stories), len(stories))
     picked = np.arange(number) * len(stories) // number
     texts = [tokenizer.decode(stories[i].tolist()) for i in picked]

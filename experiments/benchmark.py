@@ -15,7 +15,6 @@ if __name__ == "__main__":
     cli.end_quietly_on_interrupt()  # before torch: see storygpt/cli.py
 
 import json
-import os
 import platform
 import subprocess
 import tempfile
@@ -321,7 +320,7 @@ def measure_copies(stories: list[str], times: int, setting: Setting) -> dict:
     from tiktoken_ext.openai_public import r50k_pat_str
 
     megabytes = sum(len(story.encode()) for story in stories) / 1e6
-    ours, processes, peaks = load_tokenizer(), os.cpu_count() or 1, []
+    ours, processes, peaks = load_tokenizer(), cli.usable_cpus(), []
     ranks = ours._mergeable_ranks
     plain = tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
@@ -370,7 +369,7 @@ def describe_machine(setting: Setting) -> dict:
         processor = next(names, processor)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": f"{os.cpu_count()} x {processor}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{cli.usable_cpus()} x {processor}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "dtype": dtype_name(setting.dtype),
         "python": platform.python_version(),

@@ -54,6 +54,7 @@ def draw(reports: list[dict], over: str, column: str, path: Path) -> None:
     """A panel a row: the numbers of the told and of the held-out stories over `over`."""
     from matplotlib.figure import Figure
 
+    reports = sorted(reports, key=lambda report: report[over])  # a line goes on to the right
     names = [name for name in ROWS if reports[-1]["columns"]["held-out"].get(name)]
     figure = Figure(figsize=(12, 2.4 * math.ceil(len(names) / 3)), layout="constrained")
     panels = list(figure.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat)
@@ -68,7 +69,7 @@ def draw(reports: list[dict], over: str, column: str, path: Path) -> None:
         if over in ("step", "top_k"):
             axes.set_xscale("log")
             axes.minorticks_off()
-        values = sorted(report[over] for report in reports)
+        values = [report[over] for report in reports]
         axes.set_xticks(values, [f"{x:,}" for x in values])
         axes.set_title(f"{ROWS[name].label}, {ROWS[name].unit}", fontsize=9)
         axes.grid(alpha=0.3)
@@ -88,7 +89,7 @@ def main() -> None:
         raise InputError(f"every evaluation needs a {over} of its own, and these have {values}")
     columns = {f"{over} {report[over]:,}": report["columns"][column] for report in reports}
     print(story_table(columns | {"held-out": reports[-1]["columns"]["held-out"]}))
-    draw(reports, over, column, arguments.output)
+    draw(reports, over=over, column=column, path=arguments.output)
 
 
 if __name__ == "__main__":

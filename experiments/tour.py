@@ -101,7 +101,9 @@ def find_story(tokens: np.ndarray, row: np.ndarray, tokenizer, most: int) -> Sto
     spans = [match.span() for match in re.finditer(rf"\b{hero}\b".encode(), raw)] if hero else []
     named = [sorted({*token_of_byte[first:last].tolist()}) for first, last in spans]
     pieces = [piece.decode(errors="replace") for piece in spelled]
-    return Story(int(start), ids, pieces, hero, named) if len(named) > 1 else None
+    if len(named) < 2:
+        return None
+    return Story(start=int(start), ids=ids, pieces=pieces, hero=hero, named=named)
 
 
 def pick_story(tokens: np.ndarray, x: np.ndarray, row: int, tokenizer) -> tuple[int, Story]:
@@ -124,8 +126,8 @@ def show_tokens(story: Story, tokens: np.ndarray, arguments: Arguments) -> None:
     draw_tokens(
         arguments.output_dir / "tour_tokens.png",
         story.pieces,
-        [PASTELS[i % len(PASTELS)] for i in range(len(story.ids))],
-        [str(i) for i in story.ids],
+        colours=[PASTELS[i % len(PASTELS)] for i in range(len(story.ids))],
+        notes=[str(i) for i in story.ids],
     )
     stop("3: bytes in train.bin")
     first, path = 2 * story.start, arguments.data_dir / "train.bin"
@@ -191,8 +193,8 @@ def show_attention(model: GPT, story: Story, arguments: Arguments) -> None:
     draw_tokens(
         arguments.output_dir / "tour_attention.png",
         [*story.pieces[:last], " ?"],
-        [*colours, "white"],
-        [f"{w:.0%}" if w >= 0.01 else "" for w in row.tolist()] + [""],
+        colours=[*colours, "white"],
+        notes=[f"{w:.0%}" if w >= 0.01 else "" for w in row.tolist()] + [""],
     )
 
 
@@ -224,8 +226,8 @@ def show_loss(logits: Tensor, story: Story, tokenizer, arguments: Arguments) -> 
     draw_tokens(
         arguments.output_dir / "tour_surprise.png",
         pieces,
-        colours,
-        [f"{100 * x:.0f}" for x in p.tolist()],
+        colours=colours,
+        notes=[f"{100 * x:.0f}" for x in p.tolist()],
     )
 
 

@@ -41,6 +41,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 WEIGHTS = "checkpoints/StoryGPT_best.pt"
 FILES = ("model.py", "config.py", WEIGHTS, "tokenizer.json")
+DESCRIPTIONS = ("config.json", "README.md")  # which older models lack
 OPENING = "Once upon a time"  # of a model that does not say how its stories begin
 AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
 MOST_VISITORS = 300
@@ -61,6 +62,7 @@ class Published:
     model: torch.nn.Module
     tokenizer: Tokenizer
     record: dict
+    language: str = "en"  # of its stories
 
     @property
     def config(self):
@@ -104,6 +106,15 @@ def title(folder: Path) -> str:
         return folder.resolve().name
 
 
+def language(folder: Path) -> str:
+    """Returns the first language that its card names, else English."""
+    try:
+        named = metadata_load(folder / "README.md")["language"]
+        return named if isinstance(named, str) else str(named[0])
+    except Exception:  # as in `title`
+        return "en"
+
+
 def load(name: str) -> Published:
     """Loads the model in a folder or of a Hub id. Its own model.py is what runs it.
 
@@ -112,7 +123,7 @@ def load(name: str) -> Published:
     folder = Path(name)
     if not folder.exists():
         try:
-            folder = Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES, *DESCRIPTIONS]))
         except Exception as error:  # no such name, the Hub's answer, a proxy's, no network at all
             reason = " ".join(str(error).split())[:200]
             sys.exit(
@@ -144,6 +155,7 @@ def load(name: str) -> Published:
         model=model.to("cuda" if on_gpu else "cpu").eval(),
         tokenizer=tokenizer,
         record=description.get("storygpt", {}).get("record", {}),
+        language=language(folder),
     )
 
 
@@ -353,6 +365,7 @@ def render(published: Published) -> str:
     known = {
         "first": {"wish": wish.model_dump(), "events": story},
         "end": published.end_of_text,
+        "language": published.language,
         "layers": config.n_layer,
         "heads": config.n_head,
     }
@@ -363,6 +376,7 @@ def render(published: Published) -> str:
         size=f"{published.model.num_parameters():,} parameters in {config.n_layer} layers of "
         f"{config.n_head} heads. It sees the last {config.context_length:,} tokens.",
         heads=config.n_head,
+        language=escape(published.language),
         opening=escape(opening),
         chips="".join(chips),
         most_characters=fields["prompt"]["maxLength"],

@@ -38,6 +38,9 @@ function say(element, text) {
   if (element.textContent !== text) element.textContent = text; // what is said twice is read twice
 }
 
+// Also what was said before: the same story, asked for again, is told again.
+const sayAloud = (text) => ($("#said").textContent = text);
+
 function sleep(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, milliseconds);
@@ -119,12 +122,12 @@ function tellForm() {
   const hash = "#" + new URLSearchParams(wish);
   history.replaceState(null, "", hash);
   if (parent !== window) parent.postMessage({ hash }, "https://huggingface.co"); // around a Space
-  tell();
+  tell(true);
   const place = $("#status").getBoundingClientRect().top;
   if (place > innerHeight / 2) $("#status").scrollIntoView(); // a phone, or open settings
 }
 
-async function tell() {
+async function tell(wasAsked) {
   stop();
   const { signal } = (telling = new AbortController());
   $("#stop").ariaDisabled = "false";
@@ -160,7 +163,7 @@ async function tell() {
     message = error.message;
   }
   end(message);
-  if (begun && !isFirst) say($("#said"), stories.map(aloud).join("\n"));
+  if (begun && (wasAsked || !isFirst)) sayAloud(stories.map(aloud).join("\n"));
 }
 
 async function* replay(signal) {
@@ -236,6 +239,7 @@ setInterval(() => {
 // --- Stories ---
 
 function showStories() {
+  const lang = known.language;
   cards = stories.map((story, i) => {
     const button = (textContent) => {
       const ariaLabel = `${textContent}: seed ${story.seed}`;
@@ -248,7 +252,7 @@ function showStories() {
     copied.onclick = () => copy(story.given + stories[i].text, copied);
     look.onclick = () => lookInside(i);
     const given = make("mark", { textContent: story.given });
-    const paragraph = make("p", { dir: "auto", translate: false }, given, text);
+    const paragraph = make("p", { dir: "auto", lang, translate: false }, given, text);
     const article = make("article", {}, paragraph, make("footer", {}, count, copied, look));
     return { article, text, count, look };
   });
@@ -283,7 +287,7 @@ async function copy(text, button) {
   const name = button.textContent;
   if (name === "Copied") return;
   button.textContent = "Copied";
-  say($("#said"), "Copied");
+  sayAloud("Copied");
   setTimeout(() => (button.textContent = name), 2000);
 }
 
@@ -471,10 +475,13 @@ function showHead(head, weights, start, length) {
     else hint.replaceChildren("at ", at, `: ${p} from `, from);
   };
   const cellOf = (offset, size) => Math.floor((offset / size) * length);
-  map.onpointermove = ({ offsetX, offsetY }) => {
-    name(cellOf(offsetY, map.clientHeight), cellOf(offsetX, map.clientWidth));
+  const point = ({ target, offsetX, offsetY }) => {
+    const row = target === map ? cellOf(offsetY, map.clientHeight) : length - 1;
+    name(row, cellOf(offsetX, target.clientWidth));
   };
-  strip.onpointermove = ({ offsetX }) => name(length - 1, cellOf(offsetX, strip.clientWidth));
+  for (const picture of [map, strip]) {
+    picture.onpointermove = picture.onpointerdown = point; // a finger does not move
+  }
   map.onkeydown = (event) => {
     const step = STEPS[event.key];
     if (!step) return;

@@ -55,6 +55,13 @@ def parse_first(arguments: type):
     return found
 
 
+def usable_cpus() -> int:
+    """Returns how many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def progress_bar(leave: bool = True, **options):
     """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all.
 

@@ -117,16 +117,24 @@ def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, make):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
-def test_an_older_python_is_told_before_anything_is_made(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("sys.version_info = (3, 10, 14)", "StoryGPT needs Python 3.11 or newer, up to 3.14"),
+        ("sys.version_info = (3, 15, 0)", "StoryGPT needs Python 3.11 or newer, up to 3.14"),
+        ('sys.platform, platform.machine = "darwin", lambda: "x86_64"', "no torch for Intel Macs"),
+    ],
+)
+def test_a_python_without_torch_is_told_before_anything_is_made(place, says, tmp_path):
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    older = "import sys; sys.version_info = (3, 10, 14); exec(sys.argv[1])"
+    other = f"import platform, sys; {place}; exec(sys.argv[1])"
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{older}' \"$2\"\n")
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{other}' \"$2\"\n")
     python.chmod(0o755)
     command = ["make", f"PYTHON={python}", ".venv/requirements"]
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert made.returncode != 0 and "StoryGPT needs Python 3.11" in made.stderr
+    assert made.returncode != 0 and says in made.stderr
     assert not (tmp_path / ".venv").exists()
     (tmp_path / ".venv/bin").mkdir(parents=True)
     python.rename(tmp_path / ".venv/bin/python")

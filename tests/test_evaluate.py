@@ -104,7 +104,7 @@ def test_what_is_drawn_of_evaluations_are_their_numbers(evaluated, tmp_path, mon
     drawn = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
-    stories.draw([report, later], "step", "told from nothing", tmp_path / "c.png")
+    stories.draw([later, report], "step", "told from nothing", tmp_path / "c.png")
     lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
     first = report["columns"]["told from nothing"]["ends"][0]
     assert lines["told from nothing"].get_xydata().tolist() == [[7, 100 * first], [4_000, 50]]

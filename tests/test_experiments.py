@@ -228,7 +228,18 @@ def test_the_ceiling_of_a_step_is_its_products_at_the_speed_of_two(monkeypatch):
     assert figures["transformers, tokens/s"] == 64
 
 
-def test_benchmark_tokenizes_more_and_more_stories(tmp_path):
+@pytest.fixture
+def one_cpu():
+    """Of several, as a container or a scheduler gives them out."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system lets no process keep to a CPU")
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(all_of_them)})
+    yield
+    os.sched_setaffinity(0, all_of_them)
+
+
+def test_benchmark_tokenizes_more_and_more_stories(one_cpu, tmp_path):
     stories = [f"Tom had {n} kites.\nThey were réd, all {n} of them." for n in range(300)]
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     shape = (GPTConfig(), torch.device("cpu"), torch.float32)
@@ -236,6 +247,7 @@ def test_benchmark_tokenizes_more_and_more_stories(tmp_path):
     setting = benchmark.Setting(*shape, **numbers)
     figures = benchmark.measure_tokenizing(str(tmp_path / "stories.txt"), setting)
     assert [name.split(" x ")[0] for name in figures] == ["1"] * 5 + ["4"] * 5
+    assert "1 x the stories: prepare_data.py with 1 processes, MB/s" in figures
     assert all(value > 0 and math.isfinite(value) for value in figures.values())
 
 

@@ -172,7 +172,7 @@ def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(tells, ru
 
     typed = "\nOne day\n\n\nTom 👦\n".encode()
     assert tells(*flags, typed=typed, seat=Keyboard) == told  # into a file, which is stories alone
-    as_on_windows = "\r\nOne day\r\n\r\n\r\nTom 👦\r\n".encode()
+    as_on_windows = "\ufeff\r\nOne day\r\n\r\n\r\nTom 👦\r\n".encode()
     assert tells(*flags, typed=as_on_windows) == told
 
 

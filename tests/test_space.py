@@ -382,6 +382,14 @@ def test_a_folder_is_called_what_its_card_calls_it(app, folder):
         assert app.title(folder) == folder.name
 
 
+def test_a_story_is_read_aloud_in_the_language_that_the_card_names(app, folder):
+    for named, expected in (("de", "de"), ("[zh, en]", "zh"), ("[]", "en"), ('"<b>"', "&lt;b&gt;")):
+        (folder / "README.md").write_text(f"---\nlanguage: {named}\n---\n")
+        html = app.render(app.load(str(folder)))
+        assert f'<article><p dir="auto" lang="{expected}"' in html, named
+    assert '<html lang="en">' in html  # the page itself
+
+
 def test_one_sentence_says_what_it_is_as_far_as_it_is_known(app, published):
     def about(name: str, data: dict) -> tuple[str, list[str]]:
         html = app.about(app.Published(name, published.model, None, {"data": data}))
@@ -1131,6 +1139,40 @@ def test_the_keyboard_reaches_and_uses_everything(space, browser, width, dark):
     visitor.press(enter)
     until(lambda: visitor.run("document.activeElement.ariaLabel") == "Look inside: seed 1340")
     assert visitor.fits()
+
+
+def test_what_is_asked_for_is_said_aloud_also_the_second_time(space, browser):
+    """And nothing is that nobody asked for."""
+    visitor = Visitor(browser, space.url)
+    visitor.told(1337)
+    assert visitor.text("#said") == ""
+    said = "document.querySelector('#said')"
+    listen = f"new MutationObserver(() => announced.push({said}.textContent))"
+    visitor.run(f"(window.announced = [], {listen}.observe({said}, {{childList: true}}))")
+    for _ in range(2):
+        visitor.click("#openings button")
+        visitor.told(1337)
+    visitor.run("(navigator.clipboard.writeText = async () => {})")
+    visitor.click("#link")
+    visitor.click("article button")
+    heard = until(lambda: len(visitor.run("announced")) >= 4 and visitor.run("announced"))
+    assert len(heard) == 4 and heard[0] == heard[1] and heard[0].startswith(OPENING)
+    assert heard[2:] == ["Copied", "Copied"]
+
+
+def test_a_finger_names_the_dots(space, browser):
+    visitor = Visitor(browser, space.url, width=390)
+    visitor.look_inside()
+    for picture in ("map", "strip"):
+        canvas = f"document.querySelector('#heads .{picture}')"
+        visitor.run(f"{canvas}.scrollIntoView()")
+        visitor.run("(document.querySelector('.hint').textContent = '')")
+        box = visitor.run(f"{canvas}.getBoundingClientRect().toJSON()")
+        place = {"x": box["right"] - 3, "y": box["bottom"] - 3}
+        for kind, fingers in (("touchStart", [place]), ("touchEnd", [])):
+            touch = {"type": kind, "touchPoints": fingers}
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", touch)
+        until(lambda: visitor.text("figure:first-child .hint").startswith("at "))
 
 
 def test_a_phone_scrolls_to_the_story(space, browser):

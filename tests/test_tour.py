@@ -216,7 +216,7 @@ def test_the_notebook_holds_no_outputs():
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
-@pytest.mark.parametrize("place", ["docs", "clone", "zip", "nowhere"])
+@pytest.mark.parametrize("place", ["docs", "clone", "zip", "folder", "nowhere"])
 def test_the_notebook_finds_the_code_beside_it_in_a_clone_or_in_a_zip(place, tmp_path, monkeypatch):
     """Its first cell as IPython runs it, but for what pip would install."""
     reason = "ipykernel is not installed: pip install -r requirements-dev.txt"
@@ -229,7 +229,9 @@ def test_the_notebook_finds_the_code_beside_it_in_a_clone_or_in_a_zip(place, tmp
     git = ["git", "-C", repository, "-c", "user.name=A", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "A repo"]):
         subprocess.run([*git, *command], check=True)
-    address = {"clone": repository, "zip": f"{repository}.zip"}.get(place, tmp_path / "nowhere")
+    addresses = {"clone": f"file://{repository}", "zip": f"{repository}.zip"}
+    addresses["folder"] = repository.parent  # as Kaggle unpacks a zip that is uploaded there
+    address = addresses.get(place, tmp_path / "nowhere")
     shutil.make_archive(str(repository), "zip", tmp_path / "a", "StoryGPT-main")
 
     class Shell:
