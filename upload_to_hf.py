@@ -170,10 +170,11 @@ def how_stories_read(path: Path, record) -> str:
             fault = "was measured without --num_stories"
         else:
             title = (
-                f"{report['num_stories']} stories told at temperature {report['temperature']} from "
-                "nothing, and as many from the first\nsentences of held-out stories, beside those "
-                "held-out stories; measured in the same way, with 95 %\nintervals."
-            )
+                "{num_stories} stories told from nothing at temperature {temperature}, top_k "
+                "{top_k} and top_p {top_p},\nand as many from the first sentences of held-out "
+                "stories, beside those held-out stories;\nmeasured in the same way, with 95 % "
+                "intervals."
+            ).format_map(report)
             return f"### How its stories read\n\n{title}\n\n{story_table(report['columns'])}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         fault = "is not as evaluate.py writes it"
