@@ -253,7 +253,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
         in_llama_cpp=in_llama_cpp(repo_id, shell_prompt) if arguments.gguf != "none" else "",
         imports="\n".join(imports),
         tokenizer=f"tokenizer = {tokenizer}",
-        stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
+        stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, story in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
         windows=f"{recipe['eval_windows']:,}",
         context_length=config.context_length,
