@@ -25,7 +25,7 @@ from storygpt.judging.measures import story_table
 from storygpt.judging.story_losses import logits_of, story_losses
 from storygpt.kernels import chunked_cross_entropy
 from storygpt.losses import exact_loss
-from storygpt.record import weights_sha256
+from storygpt.record import fingerprint_of, weights_sha256
 from storygpt.sources import BUILTIN
 from storygpt.token_files import (
     bits_per_byte,
@@ -108,7 +108,7 @@ def judge(model: GPT, meta: dict, arguments: Arguments) -> dict:
     """Returns how the model's stories read beside held-out ones. Raises InputError."""
     context_length, sampling = model.config.context_length, asdict(arguments.sampling)
     held_out = load_tokens(arguments.data_dir, "validation", meta)
-    train = load_tokens(arguments.data_dir, "train", meta, verify=False)
+    train = load_tokens(arguments.data_dir, "train", meta)
     sets = collect_stories(
         model,
         split_stories(held_out, meta["end_of_text"]),
@@ -136,6 +136,11 @@ def main() -> None:
     model.loss_function = chunked_cross_entropy
     report = {"weights_sha256": weights_sha256(checkpoint["model_state_dict"])}
     report |= score(model, checkpoint, meta, arguments)
+    if fingerprint_of(checkpoint) not in (None, report["data"]):
+        print(
+            f"note: {arguments.data_dir} is other data than the model was trained on, and may hold "
+            "stories that it has seen"
+        )
     print(
         f"{arguments.checkpoint} (step {report['step']:,}) on {report['tokens']:,} "
         f"{arguments.split} tokens\n"

@@ -25,7 +25,11 @@ from config import InputError, check_whole
 from storygpt.cli import DEFAULT_CHECKPOINT, parse_flags, run
 from storygpt.files import BEST, EVALUATION, PLOT, writing
 from storygpt.hub import Built, find_token, is_hub_id, publish
+from storygpt.judging.measures import story_table
+from storygpt.record import Record, data_of, fingerprint_of, opening_of, record_of
+from storygpt.sources import BUILTIN
 from storygpt.token_files import bits_per_byte, data_fingerprint, load_meta, perplexity
+from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
 # torch takes seconds to import: --help and a mistyped flag should not have to wait for it.
 
@@ -95,7 +99,7 @@ def space_of(repo_id: str) -> str:
 # --- The model card ---
 
 
-def evaluation(checkpoint: dict, record) -> dict[str, tuple[str, float | int]]:
+def evaluation(checkpoint: dict, record: Record) -> dict[str, tuple[str, float | int]]:
     """Returns (name, value) by metric type: how good the model is, and what it cost."""
     loss = record.val_loss
     windows = checkpoint["training_config"].windows_per_step * record.step
@@ -122,10 +126,8 @@ def table(rows: Iterable[tuple]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def history(record, base: str | None) -> str:
+def history(record: Record, base: str | None) -> str:
     """Says what the weights come from, as the card's first lines do."""
-    from storygpt.sources import BUILTIN
-
     data = record.data
     if not record.init_from:
         start = "from scratch"
@@ -154,10 +156,8 @@ llama-cli -hf {repo_id} --single-turn -p {prompt}
 ```"""
 
 
-def how_stories_read(path: Path, record) -> str:
+def how_stories_read(path: Path, record: Record) -> str:
     """Returns the card's table of what evaluate.py wrote to `path`, or nothing, saying why."""
-    from storygpt.judging.measures import story_table
-
     if not path.is_file():
         return ""
     try:
@@ -170,10 +170,11 @@ def how_stories_read(path: Path, record) -> str:
             fault = "was measured without --num_stories"
         else:
             title = (
-                f"{report['num_stories']} stories told at temperature {report['temperature']} from "
-                "nothing, and as many from the first\nsentences of held-out stories, beside those "
-                "held-out stories; measured in the same way, with 95 %\nintervals."
-            )
+                "{num_stories} stories told from nothing at temperature {temperature}, top_k "
+                "{top_k} and top_p {top_p},\nand as many from the first sentences of held-out "
+                "stories, beside those held-out stories;\nmeasured in the same way, with 95 % "
+                "intervals."
+            ).format_map(report)
             return f"### How its stories read\n\n{title}\n\n{story_table(report['columns'])}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         fault = "is not as evaluate.py writes it"
@@ -181,11 +182,9 @@ def how_stories_read(path: Path, record) -> str:
     return ""
 
 
-def card_data(arguments: Arguments, record, base: str | None, metrics: dict):
+def card_data(arguments: Arguments, record: Record, base: str | None, metrics: dict):
     """Returns the head of the card, which programs read, as a huggingface_hub ModelCardData."""
     from huggingface_hub import EvalResult, ModelCardData
-
-    from storygpt.sources import BUILTIN
 
     data = record.data
     if data and data.name in (None, *BUILTIN):  # no data set on the Hub
@@ -216,7 +215,7 @@ def card_data(arguments: Arguments, record, base: str | None, metrics: dict):
     )
 
 
-def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Path):
+def model_card(arguments: Arguments, checkpoint: dict, record: Record, model, beside: Path):
     """Returns the repo's README.md as a huggingface_hub ModelCard.
 
     `beside`: the folder whose loss plot and evaluation are the checkpoint's.
@@ -224,8 +223,6 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
     from huggingface_hub import ModelCard
 
     from storygpt.generation import generate_stories
-    from storygpt.record import opening_of
-    from storygpt.tokenizer import GPT2_VOCAB_SIZE
 
     config, recipe, repo_id = checkpoint["gpt_config"], record.recipe, arguments.repo_id
     metrics = evaluation(checkpoint, record)
@@ -252,7 +249,7 @@ def model_card(arguments: Arguments, checkpoint: dict, record, model, beside: Pa
         in_llama_cpp=in_llama_cpp(repo_id, shell_prompt) if arguments.gguf != "none" else "",
         imports="\n".join(imports),
         tokenizer=f"tokenizer = {tokenizer}",
-        stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, (story, _) in told),
+        stories="\n\n".join(f"Seed {seed}:\n\n{quote(story)}" for seed, story in told),
         metrics=table((title, f"{value:,}") for title, value in metrics.values()),
         windows=f"{recipe['eval_windows']:,}",
         context_length=config.context_length,
@@ -277,7 +274,6 @@ def build_folder(folder: Path, arguments: Arguments, model, checkpoint: dict) ->
     from storygpt.checkpoint import KEYS, save_checkpoint
     from storygpt.formats import write_folder
     from storygpt.gguf import write_gguf
-    from storygpt.record import record_of
 
     record = record_of(checkpoint).public()
     checkpoint = {key: checkpoint[key] for key in KEYS} | {"record": record.begun()}
@@ -326,8 +322,6 @@ def folder_beside(output_dir: Path | None) -> tempfile.TemporaryDirectory:
 def check_data(arguments: Arguments, checkpoint: dict) -> None:
     """Raises InputError where --data_dir holds other data than a checkpoint was trained on; says
     what the card lacks where the checkpoint does not know that."""
-    from storygpt.record import data_of, fingerprint_of
-
     known, data_dir = fingerprint_of(checkpoint), arguments.data_dir
     if not data_of(checkpoint):
         print(

@@ -255,7 +255,7 @@ def show_stories(model: GPT, story: Story) -> None:
     pack_linears(model)  # as generate.py does
     for temperature in (0.0, 0.8, 1.5):
         settings = GenerationSettings(temperature=temperature)
-        ((text, _),) = generate_stories(model, prompt, [SEED], settings)
+        (text,) = generate_stories(model, prompt, [SEED], settings)
         print(f"temperature {temperature}:{text.removeprefix(prompt)}")
 
 

@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise InputError(
             f"there is no checkpoint {path}: train one with `python train.py`, or pass another "
-            "with --checkpoint"
+            "with --checkpoint (of the Hub, owner/name)"
         )
     with reading_weights(path):
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums

@@ -20,6 +20,7 @@ WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000
 LONG_WHITE_SPACE = re.compile(rf"{WHITE_SPACE}{{1000,}}(?:(?={WHITE_SPACE})|\Z)")
 OPENING_WORDS = 4
 LONGEST_OPENING = 40  # characters
+WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff，、]{4}")  # Chinese, Japanese
 
 
 class Encoded(NamedTuple):
@@ -91,11 +92,13 @@ def hash_openings(stories: list[str]) -> np.ndarray:
 
 
 def opening_of(story: str) -> str:
-    """Returns a story's first four words, without the punctuation behind them; "" where it has
-    fewer or they are more than 40 characters."""
+    """Returns a story's first four words, in a script without spaces four characters, without the
+    punctuation behind them; "" where it has fewer or they are more than 40 characters."""
     words = story[: 2 * LONGEST_OPENING].split(maxsplit=OPENING_WORDS)[:OPENING_WORDS]
-    opening = " ".join(words).rstrip(".,;:!?…\"'”’)")
-    return opening if len(words) == OPENING_WORDS and len(opening) <= LONGEST_OPENING else ""
+    if len(words) < OPENING_WORDS:
+        words = WITHOUT_SPACES.findall(words[0][:OPENING_WORDS]) if words else []
+    opening = " ".join(words).rstrip(".,;:!?…\"'”’)，、")
+    return opening if len(opening) <= LONGEST_OPENING else ""
 
 
 def encode_joined(stories: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:

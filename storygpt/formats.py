@@ -234,10 +234,7 @@ def read_folder(folder: Path) -> dict:
 
 def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
     """Returns transformers' GPT-2, whole or without its head, as a float32 `model_state_dict` with
-    biases.
-
-    Its linear layers are (in, out), and its head may be missing.
-    """
+    biases. Its linear layers are (in, out)."""
     state_dict = {}
     for name, weight in tensors.items():
         name = name.removeprefix("transformer.")
@@ -248,8 +245,9 @@ def from_transformers(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, 
         elif weight.dim() == 2 and name in ("wte.weight", "lm_head.weight"):
             weight = weight[:vocab_size]
         state_dict[name] = weight.float().contiguous()
-    if "wte.weight" in state_dict:
-        state_dict.setdefault("lm_head.weight", state_dict["wte.weight"])
+    for name, same in (("lm_head.weight", "wte.weight"), ("wte.weight", "lm_head.weight")):
+        if same in state_dict:  # of tied weights one is stored, by safetensors' save_model the head
+            state_dict.setdefault(name, state_dict[same])
     return state_dict
 
 
@@ -386,4 +384,4 @@ def write_folder(folder: Path, checkpoint: dict) -> None:
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     files = tokenizer_files(config.vocab_size, config.context_length)
     for name, text in (files | config_files(checkpoint)).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(text.encode())  # the same on Windows, too

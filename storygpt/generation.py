@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -13,13 +12,6 @@ from storygpt.tokenizer import load_tokenizer, story_text
 
 AT_ONCE = 100  # stories in one batch of `generate_ids`
 DEFAULTS = GenerationSettings()
-
-
-class GeneratedStory(NamedTuple):
-    """A story's text, which begins with the prompt, and whether it came to an end-of-text."""
-
-    text: str
-    ended: bool
 
 
 def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
@@ -34,7 +26,7 @@ def generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generat
 
 def generate_stories(
     model: GPT, prompt: str, seeds: Sequence[int], settings: GenerationSettings = DEFAULTS
-) -> list[GeneratedStory]:
+) -> list[str]:
     """Generates a story that begins with `prompt` for each of `seeds`.
 
     They are those of `generate.py --seed SEED` on the same device. Raises InputError as
@@ -48,11 +40,7 @@ def generate_stories(
         end_of_text=tokenizer.eot_token,
         generator=generators(seeds, device),
     )
-    continuations = [row[len(start) :] for row in ids.tolist()]
-    return [
-        GeneratedStory(prompt + story_text(tokenizer, new), tokenizer.eot_token in new)
-        for new in continuations
-    ]
+    return [prompt + story_text(tokenizer, row[len(start) :]) for row in ids.tolist()]
 
 
 def generate_ids(

@@ -128,7 +128,7 @@ class Log:
 
     def _add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         settings = GenerationSettings(max_new_tokens=60)
-        ((story, _),) = generate_stories(model, "", [seed], settings)
+        (story,) = generate_stories(model, "", [seed], settings)
         entry["sample"] = " ".join(story.split())
 
     def _show(self, entry: dict) -> None:

@@ -8,12 +8,14 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from storygpt.hub import is_hub_id
 from storygpt.sources import BUILTIN
 from storygpt.token_files import SPLITS, data_fingerprint
+
+if TYPE_CHECKING:  # --help should not have to wait for torch
+    from torch import Tensor
 
 PROMPT = "Once upon a time"  # of a model that does not say how its stories begin
 COUNTS = ("stories", "tokens", "bytes")
@@ -155,12 +157,12 @@ def opening_of(checkpoint: dict) -> str:
     return data["openings"][0][0] if data and data["openings"] else PROMPT
 
 
-def own_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own_weights(state_dict: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Returns a model's parameters by name: the head is the embedding once more."""
     return {name: weight for name, weight in state_dict.items() if name != "lm_head.weight"}
 
 
-def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
+def weights_sha256(state_dict: "Mapping[str, Tensor]") -> str:
     """Returns the SHA-256 of all weights, by sorted name: the same weights have the same sum in a
     .pt file, a folder and on the Hub."""
     digest = hashlib.sha256()

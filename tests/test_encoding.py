@@ -106,9 +106,14 @@ def test_what_cannot_be_encoded_is_one_sentence():
         ("a" * 34 + " b c d e", "a" * 34 + " b c d"),
         ("a" * 35 + " b c d e", ""),
         ("a" * 500, ""),
+        ("从前，有一个叫莉莉的小女孩。她喜欢玩。", "从前，有"),
+        ("  有一天，莉莉去公园 玩。", "有一天"),
+        ("むかしむかし、あるところに", "むかしむ"),
+        ("莉莉。她", ""),
+        ("「你好」 莉莉说", ""),
     ],
 )
-def test_an_opening_is_four_words_of_at_most_forty_characters(story, opening):
+def test_an_opening_is_four_words_or_chinese_characters_of_at_most_forty_letters(story, opening):
     assert opening_of(story) == opening
     (hashed,) = encode_stories([story or "x"], 300).openings
     assert (hashed != 0) == bool(opening)

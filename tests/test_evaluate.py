@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import re
 import shutil
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 import evaluate
 from storygpt.checkpoint import load_checkpoint, load_start, save_checkpoint
+from storygpt.files import BEST
 from storygpt.judging.measures import ROWS, story_table
 from storygpt.token_files import data_fingerprint, load_meta
 from storygpt.tokenizer import load_tokenizer
@@ -80,6 +80,15 @@ def test_what_is_printed_and_written(small, evaluated):
     assert {name: report[name] for name in ASKED} == ASKED
 
 
+def test_data_that_the_model_was_not_trained_on_is_named(script, run_dir, data_dir, small):
+    """A split that was drawn anew holds out stories that the model has seen."""
+    for folder in (data_dir, small.folder):
+        flags = ("--checkpoint", run_dir / BEST, "--data_dir", folder)
+        result = script("evaluate.py", *flags, "--device", "cpu")
+        assert result.code == 0, result.output
+        assert ("is other data than the model was" in result.output) == (folder != data_dir)
+
+
 def test_evaluations_side_by_side(script, fails, evaluated, tmp_path):
     report, _ = evaluated
     other = report["columns"]["told from nothing"] | {"ends": [0.5, 0.25, 0.75], "returns": None}
@@ -126,8 +135,11 @@ def test_mistakes_are_named(fails, small, tmp_path):
     fails("evaluate.py", *best, *data, "--device", "abacus", says="is no device")
     fails("evaluate.py", *best, *data, "--num_stories", 9_999, says="held-out stories to compare")
     cut = shutil.copytree(small.folder, tmp_path / "cut")
-    os.truncate(cut / "train.bin", 1_000)
     flags = ("--data_dir", cut, "--num_stories", 1)
+    tokens = (cut / "train.bin").read_bytes()
+    (cut / "train.bin").write_bytes(tokens[::-1])
+    fails("evaluate.py", *best, *flags, says="train.bin")
+    (cut / "train.bin").write_bytes(tokens[:1_000])
     fails("evaluate.py", *best, *flags, says="train.bin has 1,000 bytes")
     broken = load_checkpoint(small.folder / "short.pt")
     for weight in (3e38, 3e5):  # finite; of the first the products are not, of the second exp(loss)

@@ -101,7 +101,7 @@ def test_every_flag_reaches_the_model(flags, changes, tells, run_dir):
         settings = given | changes
         prompt, seeds = settings.pop("prompt"), settings.pop("seeds")
         told = generate_stories(model, prompt, seeds, GenerationSettings(**settings))
-        return BETWEEN.join(story.text for story in told) + "\n"
+        return BETWEEN.join(told) + "\n"
 
     told = tells("--prompt", "One day", "--max_new_tokens", 60, *flags.split())
     dtype = pick_dtype(flags.partition("--dtype ")[2] or "float32", torch.device("cpu"))
@@ -163,7 +163,7 @@ def test_interactive_tells_a_story_a_line_and_another_for_an_empty_one(tells, ru
     model, _ = load_model(run_dir / "StoryGPT_best.pt")
     asked = [("This is the story", 5), *(("One day", seed) for seed in (5, 6, 7)), ("Tom 👦", 5)]
     settings = GenerationSettings(max_new_tokens=20)
-    stories = [generate_stories(model, p, [seed], settings)[0].text for p, seed in asked]
+    stories = [generate_stories(model, p, [seed], settings)[0] for p, seed in asked]
     assert told == "".join(f"{story}\n" for story in stories)  # no "> ": nobody sits there
 
     class Keyboard(io.TextIOWrapper):

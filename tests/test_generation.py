@@ -8,7 +8,7 @@ from storygpt.generation import generate_ids, generate_stories
 from storygpt.tokenizer import load_tokenizer
 
 
-def test_a_story_from_nothing_has_not_ended_before_it_began():
+def test_a_story_from_nothing_does_not_end_before_it_began():
     model = GPT(GPTConfig(vocab_size=512, context_length=32, n_layer=1, n_head=1, n_embd=8)).eval()
     (token,) = load_tokenizer(512).encode_ordinary(" a")
     with torch.no_grad():  # it answers everything with " a a a a"
@@ -16,7 +16,7 @@ def test_a_story_from_nothing_has_not_ended_before_it_began():
         model.ln_f.weight.zero_()
         model.ln_f.bias.fill_(1.0)
     settings = GenerationSettings(max_new_tokens=5, temperature=0)
-    assert generate_stories(model, "", [1], settings) == [(" a" * 5, False)]
+    assert generate_stories(model, "", [1], settings) == [" a" * 5]
 
 
 def test_a_story_is_that_of_its_seed_whatever_is_generated_beside_it(small):

@@ -356,7 +356,7 @@ def test_what_the_hub_refuses_is_said_in_its_kind(reads, hub, tmp_path):
         assert says in found["error"] and "again in" not in found.output, says
     for status, says in (
         (402, "(HTTP 402): planned"),  # the Hub's own words
-        (403, "(HTTP 403): the token may not do that"),
+        (403, "(HTTP 403): the token may not do that: give it permission at "),
         (418, "(HTTP 418): planned"),
     ):
         hub.faults = [Fault("GET /api", status)]

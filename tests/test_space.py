@@ -127,7 +127,7 @@ SHORT = {"max_new_tokens": 60}
 def generated(model: GPT, prompt: str, seeds=(1337,), **settings) -> list[str]:
     """The stories that `generate.py` generates."""
     settings = GenerationSettings(**settings)
-    return [story.text for story in generate_stories(model, prompt, list(seeds), settings)]
+    return generate_stories(model, prompt, list(seeds), settings)
 
 
 def put_together(events) -> list[str]:
@@ -827,9 +827,7 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
     visitor = Visitor(browser, space.url)
     starts = ("The dog ran", "One day", "Once upon", "She saw", "A big", "Tom said")
     greedy = GenerationSettings(max_new_tokens=1000, temperature=0)
-    endless = next(
-        p for p in starts if not generate_stories(space.model, p, [1337], greedy)[0].ended
-    )
+    endless = max(starts, key=lambda p: len(generate_stories(space.model, p, [1337], greedy)[0]))
     visitor.set(prompt=endless, max_new_tokens=1000, temperature=0)
     with slowed(space.process):
         visitor.click("#tell")

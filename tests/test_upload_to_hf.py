@@ -324,7 +324,7 @@ def test_the_card_has_how_its_stories_read_where_they_are_this_models(script, sm
     data = json.loads((small_run.checkpoint.parent / "meta.json").read_text())
     columns = {"told from nothing": {"ends": [0.5, 0.25, 0.75]}}
     right = {"weights_sha256": weights_sha256(sums), "data": data_fingerprint(data)}
-    right |= {"num_stories": 8, "temperature": 0.8, "columns": columns}
+    right |= {"num_stories": 8, "temperature": 0.8, "top_k": 5, "top_p": 0.9, "columns": columns}
     evaluation = small_run.checkpoint.parent / EVALUATION
     flags = ("--dry_run", "--gguf", "none", "--output_dir", tmp_path / "out")
     row = f"| {ROWS['ends'].label}, % | 50.0 (25.0–75.0)"
@@ -343,7 +343,8 @@ def test_the_card_has_how_its_stories_read_where_they_are_this_models(script, sm
             assert result.code == 0 and says in result.output, result.output
             assert ("its table is left out" in result.output) == bool(says)
             card = (tmp_path / "out" / "README.md").read_text()
-            assert (row in card) == ("8 stories told at temperature 0.8" in card) == (not says)
+            told = "8 stories told from nothing at temperature 0.8, top_k 5 and top_p 0.9"
+            assert (row in card) == (told in card) == (not says)
             shutil.rmtree(tmp_path / "out")
     finally:
         evaluation.unlink()
@@ -602,7 +603,7 @@ def test_the_space_of_a_private_model_is_private(script, small_run, hub, tmp_pat
 PLANNED = {
     "401": ([Fault("create", 401)], "HTTP 401): the Hub does not know this token", 1, 0),
     "402": ([Fault("create", 402)], "HTTP 402): planned", 1, 0),  # the Hub's own sentence
-    "403": ([Fault("preupload", 403)], "HTTP 403): the token may not do that", 1, 0),
+    "403": ([Fault("preupload", 403)], "; the Hub says: planned", 1, 0),  # a full quota, perhaps
     "404": ([Fault("commit", 404)], "HTTP 404): there is no such repo, or the token cannot", 1, 0),
     "409": ([Fault("commit", 409)], "HTTP 409): the repo is being changed", 1, 0),
     "429": (
