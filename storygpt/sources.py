@@ -32,7 +32,7 @@ from storygpt.readers import (
 
 BUILTIN = ("builtin", "sample")
 NUM_BUILTIN_STORIES = 20_000
-HIDDEN, ANOTHER_NAME = "hidden", "another name of what is read"
+HIDDEN, OTHER_KIND, ANOTHER_NAME = "hidden", "of another kind", "another name of what is read"
 LEFT_OUT_TEST = "test, as there is validation"
 LEFT_OUT_TEXTS = ".txt beside structured files"
 FEW_OF_MANY = 20  # a file in so many, or more, may be called "dev" or "test" for another reason
@@ -40,6 +40,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing":
 SPLIT_WORDS |= dict.fromkeys(
     ("val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"), "validation"
 )
+SPLIT_WORDS |= {f"{word}set": split for word, split in SPLIT_WORDS.items()}
 WORD = re.compile(r"[^\W_]+")
 # numbers of shards, versions and copies, at either end of a name without its endings; a number is
 # never tried in parts (++), or one of thirty digits would take hours
@@ -313,17 +314,22 @@ def walk(folder: Path, left_out: Found) -> list[str]:
             path = Path(root, name)
             shown = path.relative_to(folder).as_posix()
             if is_hidden(name):
-                left_out[HIDDEN].append(shown)
+                reason = HIDDEN
             elif not path.exists():
                 raise InputError(f"{path} is a link to nothing: remove it, or bring back its file")
             elif (place := path.resolve()) in seen or root_place.is_relative_to(place):
-                left_out[ANOTHER_NAME].append(shown)
-            elif path.is_file() or path.is_dir():
+                reason = ANOTHER_NAME
+            elif path.is_dir():
                 seen.add(place)
-                names += [shown] if path.is_file() else []
+                continue
+            elif path.is_file():
+                names.append(shown)
+                if kind_of(name):  # else a link to it may say of what kind it is
+                    seen.add(place)
                 continue
             else:
-                left_out["of another kind"].append(shown)
+                reason = OTHER_KIND
+            left_out[reason].append(shown)
             if name in folders:
                 folders.remove(name)
         folders.sort()
@@ -347,7 +353,7 @@ def find_data(names: list[str], left_out: Found) -> dict[str, str]:
         elif NOTES.fullmatch(stem) or SETTINGS.fullmatch(path.name.lower()):
             left_out["notes by their name"].append(name)
         elif not kind:
-            left_out["of another kind"].append(name)
+            left_out[OTHER_KIND].append(name)
         elif path.suffix.lower() in PACKED and name.removesuffix(path.suffix) in everything:
             left_out["compressed copies"].append(name)
         else:
@@ -413,7 +419,7 @@ def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]
             matches = match_files(files.names, posixpath.join(folder, path))
             if not matches:
                 raise InputError(f"{files.place}/README.md declares {path}: there is no such file")
-            yield split_of(part["split"]), [*find_data(matches, defaultdict(list))] or matches
+            yield split_of(str(part["split"])), [*find_data(matches, defaultdict(list))] or matches
 
 
 def find_declared(files: Files, configs: dict[str, dict], subset: str | None) -> Found:

@@ -38,7 +38,7 @@ from prepare_data import (
 )
 from storygpt import cli
 from storygpt.encoding import NO_STORIES, encode_stories
-from storygpt.token_files import load_meta
+from storygpt.token_files import load_meta, load_tokens
 from storygpt.tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
@@ -333,6 +333,35 @@ def test_a_validation_split_of_one_story_is_noted(prepared, tmp_path):
     assert "note: train is a single story" in prepared(tmp_path / "lines", tmp_path / "out")
     (tmp_path / "in" / "val.jsonl").unlink()  # one is held out, which nobody meant
     assert note not in prepared(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "parts", {"1.txt": "A.\nB.\n", "2.txt": "C.\nD.\n"})
+    assert "note: train is a single story" in prepared(tmp_path / "parts", tmp_path / "out")
+
+
+def test_stories_that_keep_a_separator_as_text_are_noted(prepared, tmp_path):
+    """As where a .txt was made a table of its lines."""
+    rows = ["A.", "<|endoftext|>", "B.", "C.<|endoftext|>D.", "", "E."]
+    put(tmp_path, {"a.jsonl": jsonl(rows), "b.txt": "A.<|endoftext|>B."})
+    note = "stories hold <|endoftext|> as text: put one story in a row"
+    assert f"note: 2 {note}" in prepared(tmp_path / "a.jsonl", tmp_path / "out")
+    assert note not in prepared(tmp_path / "b.txt", tmp_path / "out")
+
+
+def test_the_command_that_mends_a_folder_makes_the_same_files_again(
+    prepared, tmp_path, monkeypatch
+):
+    rows = "".join(json.dumps({"story": story}) + "\n" for story in STORIES * 2)
+    path, out = put(tmp_path, {"a.jsonl": rows}) / "a.jsonl", tmp_path / "out"
+    few = {"max_stories": 400, "validation_fraction": 0.1, "seed": 0, "deduplicate": True}
+    for flags in ({"text_column": "story"}, {"text_column": "story", "vocab_size": 300} | few):
+        prepared(path, out, **flags)
+        before = files_in(out)
+        (out / "validation.bin").unlink()
+        with pytest.raises(InputError) as error:
+            load_tokens(out, "validation", load_meta(out, None))
+        _, script, *words = shlex.split(str(error.value).split("`")[1])
+        monkeypatch.setattr("sys.argv", [script, *words])
+        prepared(**vars(cli.parse_flags(prepare_data.Arguments)))
+        assert files_in(out) == before and ("--seed" in words) == ("seed" in flags)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
