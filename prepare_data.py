@@ -36,10 +36,11 @@ from storygpt.encoding import NO_STORIES, Encoded, concatenate, encode_stories, 
 from storygpt.files import take_lock, writing
 from storygpt.sources import Stories, list_left_out, open_stories
 from storygpt.token_files import CHOICES, SPLITS, install, write_split
-from storygpt.tokenizer import END_OF_TEXT, check_vocab_size, load_tokenizer
+from storygpt.tokenizer import END_OF_TEXT, load_tokenizer
 
 BATCH = 1_000  # stories a worker encodes at once, unless they have more than
 BATCH_CHARACTERS = 2**20
+ENOUGH_PROCESSES = 16  # more than one can feed with stories
 MOST_PROCESSES = 61 if sys.platform == "win32" else 1_000  # no more can be waited for on Windows
 NUM_OPENINGS = 5
 RAREST_OPENING = 0.01  # of the stories
@@ -77,7 +78,7 @@ class Arguments:
     """Share of stories held out where the data set has no validation split."""
     deduplicate: bool = False
     """Keep only the first of equal train stories, and none that the validation split holds."""
-    num_proc: int = min(usable_cpus(), MOST_PROCESSES)
+    num_proc: int = min(usable_cpus(), ENOUGH_PROCESSES)
     """Processes that encode, at most: a small data set needs fewer."""
     data_dir: Path = Path("data")
     """Folder to write to."""
@@ -98,6 +99,7 @@ def prepare(arguments: Arguments) -> None:
     if arguments.vocab_size is None:
         arguments = replace(arguments, vocab_size=preset(arguments.preset)[0].vocab_size)
     check_arguments(arguments)
+    tokenizer = load_tokenizer(arguments.vocab_size)
     start, data_dir = time.perf_counter(), arguments.data_dir
     with start_workers(arguments.num_proc) as pool:
         submit(pool, encode_stories, [], arguments.vocab_size)  # a worker gets ready meanwhile
@@ -116,7 +118,7 @@ def prepare(arguments: Arguments) -> None:
                 "subset": arguments.subset,
                 "revision": source.commit,
                 **{n: value for n, value in flags.items() if value != getattr(Arguments, n)},
-                **write_splits(scratch, read, arguments),
+                **write_splits(scratch, read, tokenizer, arguments),
             }
             install(scratch, data_dir, meta)
     seconds = time.perf_counter() - start
@@ -134,7 +136,6 @@ def check_arguments(arguments: Arguments) -> None:
     check_whole("seed", arguments.seed, 0, 2**63 - 1)
     if arguments.max_stories is not None:
         check_whole("max_stories", arguments.max_stories, 1)
-    check_vocab_size(arguments.vocab_size)
 
 
 def encode_splits(
@@ -173,7 +174,9 @@ def encode_splits(
     return read, tally
 
 
-def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) -> dict:
+def write_splits(
+    scratch: Path, read: dict[str, Encoded], tokenizer: tiktoken.Encoding, arguments: Arguments
+) -> dict:
     """Writes the two files in `scratch` from what was `read` into it; returns what meta.json says
     of what they hold. Raises InputError where a split would be empty."""
     encoded = concatenate(read.values())
@@ -190,7 +193,7 @@ def write_splits(scratch: Path, read: dict[str, Encoded], arguments: Arguments) 
             "leave out --deduplicate"
         )
     keep = {"train": once if arguments.deduplicate else ~held_out, "validation": held_out}
-    counts, tokenizer = {}, load_tokenizer(arguments.vocab_size)
+    counts = {}
     with (scratch / SCRATCH_IDS).open("rb") as file:
         for split in SPLITS:
             counts[split] = write_split(

@@ -99,12 +99,9 @@ def load_meta(
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
     """
-    path, wanted = Path(data_dir) / META, {}
+    path = Path(data_dir) / META
     by_preset = preset_name and preset(preset_name)[0].vocab_size == vocab_size
-    if by_preset:
-        wanted = {"preset": preset_name}
-    elif vocab_size:
-        wanted = {"vocab_size": vocab_size}
+    wanted = {"preset": preset_name} if by_preset else {"vocab_size": vocab_size}
     prepare = prepare_command(data_dir, {}, **wanted)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
