@@ -55,7 +55,9 @@ NOTES = re.compile(
     r"(readme|licen[cs]e|requirements|changelog|copying)s?([-_. ].*)?|changes|copyright|notice|"
     r"authors|contribut(ors|ing)|citation"
 )
-SETTINGS = re.compile(r"(package(-lock)?|config|dataset_(infos?|dict)|state|meta)\.json")
+SETTINGS = re.compile(
+    r"(package(-lock)?|config|croissant|dataset(_infos?|_dict|-metadata)|state|meta)\.json"
+)
 WILDCARDS = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 UNKNOWN_README = "{}/README.md declares its data in no way that is known"

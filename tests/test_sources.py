@@ -23,9 +23,8 @@ def left_out(path) -> dict[str, list[str]]:
 
 def test_what_is_no_data_is_left_out_and_named(tmp_path):
     notes = ["LICENSE.txt", "LICENCE-data.txt", "requirements-dev.txt", "README.txt", "Notice.txt"]
-    put(
-        tmp_path, dict.fromkeys([*notes, "package.json", ".hidden.jsonl", ".git/x.txt"], "You may.")
-    )
+    notes += ["package.json", "croissant.json", "dataset-metadata.json"]
+    put(tmp_path, dict.fromkeys([*notes, ".hidden.jsonl", ".git/x.txt"], "You may."))
     put(tmp_path, {"data/b.parquet.gz": gzip.compress(parquet(LONG))})
     put(tmp_path, {"data/a.jsonl": jsonl(LONG), "b.zip": b"PK", "old.txt": "A."})
     put(tmp_path, {"data/a.jsonl.gz": gzip.compress(jsonl(LONG).encode())})
@@ -35,7 +34,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     assert read(tmp_path) == {"train": LONG}
     assert left_out(tmp_path) == {
         "hidden": [".git", ".hidden.jsonl"],
-        "notes by their name": sorted([*notes, "package.json"]),
+        "notes by their name": sorted(notes),
         "of another kind": ["pipe.jsonl", "b.zip", "data/b.parquet.gz"],
         ".txt beside structured files": ["old.txt"],
         "another name of what is read": ["data/a.jsonl", "data/up"],
@@ -44,7 +43,7 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
 
 
 def test_a_link_may_say_of_what_kind_a_file_is(tmp_path):
-    """As in the cache of the Hub's client, which names files by their sums."""
+    """As where files are named by their sums, and links name them."""
     blobs = {"blobs/1f": jsonl(LONG[:6]), "blobs/2e": jsonl(LONG[6:]), "refs/main": "c1"}
     put(tmp_path, blobs | {"snapshots/c1/README.md": "Stories."})
     for link, blob in {"c1/a.jsonl": "1f", "c1/b.jsonl": "2e", "c1/c.jsonl": "2e"}.items():
