@@ -100,6 +100,8 @@ def prepare(arguments: Arguments) -> None:
         arguments = replace(arguments, vocab_size=preset(arguments.preset)[0].vocab_size)
     check_arguments(arguments)
     tokenizer = load_tokenizer(arguments.vocab_size)
+    flags = {name: getattr(arguments, name) for name in CHOICES}
+    chosen = {name: value for name, value in flags.items() if value != getattr(Arguments, name)}
     start, data_dir = time.perf_counter(), arguments.data_dir
     with start_workers(arguments.num_proc) as pool:
         submit(pool, encode_stories, [], arguments.vocab_size)  # a worker gets ready meanwhile
@@ -112,12 +114,11 @@ def prepare(arguments: Arguments) -> None:
         )
         with writing(data_dir, "pass another --data_dir"), scratch_folder(data_dir) as scratch:
             read, tally = encode_splits(source, scratch, pool, arguments)
-            flags = {name: getattr(arguments, name) for name in CHOICES}
             meta = {
                 "dataset": arguments.dataset,
                 "subset": arguments.subset,
                 "revision": source.commit,
-                **{n: value for n, value in flags.items() if value != getattr(Arguments, n)},
+                **chosen,
                 **write_splits(scratch, read, tokenizer, arguments),
             }
             install(scratch, data_dir, meta)
@@ -249,31 +250,7 @@ def summarize(
     )
 
 
-# --- Encoding, in worker processes ---
-
-
-def follow_parent() -> None:
-    """Ends this worker when its parent has ended, however that was; leaves Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def submit(pool: Executor, function: Callable, *arguments) -> Future:
-    """Gives the pool some work, for which it starts one more process unless one is idle."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
-    try:
-        return pool.submit(function, *arguments)
-    except OSError as error:
-        raise InputError(
-            f"no more processes can be started ({error.strerror}): pass a smaller --num_proc"
-        ) from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
+# --- Worker processes ---
 
 
 @contextmanager
@@ -293,6 +270,32 @@ def start_workers(num_proc: int) -> Iterator[Executor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def follow_parent() -> None:
+    """Ends this worker when its parent has ended, however that was; leaves Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def submit(pool: Executor, function: Callable, *arguments) -> Future:
+    """Gives the pool some work, for which it starts one more process unless one is idle."""
+    posix = os.name == "posix"  # where a process inherits this: a worker's imports are silent, too
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if posix else None
+    try:
+        return pool.submit(function, *arguments)
+    except OSError as error:
+        raise InputError(
+            f"no more processes can be started ({error.strerror}): pass a smaller --num_proc"
+        ) from error
+    finally:
+        if posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a Ctrl-C comes now, and is not lost
 
 
 def batched(stories: Iterable[str]) -> Iterator[list[str]]:
@@ -349,6 +352,22 @@ def kept_stories(stories: Iterable[str | None], tally: Counter) -> Iterator[str]
             tally["empty"] += 1
 
 
+def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
+    """Draws which stories are held out: (num_stories,) bool.
+
+    Raises InputError where there is but one.
+    """
+    if num_stories == 1:
+        raise InputError(
+            f"{name} holds one story alone, which cannot be both train and validation: add "
+            f"stories, put {END_OF_TEXT} between them, or pass a larger --max_stories"
+        )
+    number = min(max(round(num_stories * fraction), 1), num_stories - 1)
+    held_out = np.zeros(num_stories, bool)
+    held_out[np.random.default_rng(seed).choice(num_stories, number, replace=False)] = True
+    return held_out
+
+
 def find_duplicates(hashes: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Finds which train stories are the first of their kind and not in validation, (stories,) bool;
     how many train stories repeat an earlier one, and how many validation stories are in train.
@@ -367,53 +386,7 @@ def find_duplicates(hashes: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarra
     return once, len(train) - len(kinds), int(np.isin(kind[held_out], kinds).sum())
 
 
-def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
-    """Draws which stories are held out: (num_stories,) bool.
-
-    Raises InputError where there is but one.
-    """
-    if num_stories == 1:
-        raise InputError(
-            f"{name} holds one story alone, which cannot be both train and validation: add "
-            "stories, put <|endoftext|> between them, or pass a larger --max_stories"
-        )
-    number = min(max(round(num_stories * fraction), 1), num_stories - 1)
-    held_out = np.zeros(num_stories, bool)
-    held_out[np.random.default_rng(seed).choice(num_stories, number, replace=False)] = True
-    return held_out
-
-
-def read_ids(file: BinaryIO, encoded: Encoded, keep: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the ids of the stories to `keep`, (stories,) bool, from a scratch file that holds
-    those of all stories of `encoded`: (tokens,) uint16, about a million at a time."""
-    starts = encoded.starts
-    changes = np.flatnonzero(np.diff(keep, prepend=False, append=False))
-    for first, last in changes.reshape(-1, 2):
-        file.seek(2 * starts[first])
-        for start in range(starts[first], starts[last], 2**20):
-            yield np.fromfile(file, "<u2", min(2**20, starts[last] - start))
-
-
-def find_openings(
-    file: BinaryIO, encoded: Encoded, keep: np.ndarray, tokenizer: tiktoken.Encoding
-) -> list[tuple[str, float]]:
-    """Returns the openings that the stories to `keep` have most often, out of a scratch file, each
-    with its share of these stories.
-
-    What one story alone begins with, or less than one in a hundred, is not to be shown.
-    """
-    kept = np.flatnonzero(keep)
-    kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
-    common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
-    commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
-    openings = []
-    for kind in commonest[:NUM_OPENINGS]:
-        story = kept[firsts[kind]]
-        file.seek(2 * encoded.starts[story])
-        beginning = np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1)).tolist()
-        share = round(counts[kind] / len(kept), 4)
-        openings.append((opening_of(tokenizer.decode(beginning)), share))
-    return openings
+# --- The scratch folder ---
 
 
 @contextmanager
@@ -439,6 +412,39 @@ def scratch_folder(data_dir: Path) -> Iterator[Path]:
         lock.release()
         with suppress(OSError):
             scratch.rmdir()  # on Windows, where a file that is open stays
+
+
+def read_ids(file: BinaryIO, encoded: Encoded, keep: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the ids of the stories to `keep`, (stories,) bool, from a scratch file that holds
+    those of all stories of `encoded`: (tokens,) uint16, about a million at a time."""
+    starts = encoded.starts
+    changes = np.flatnonzero(np.diff(keep, prepend=False, append=False))
+    for first, last in changes.reshape(-1, 2):
+        file.seek(2 * starts[first])
+        for start in range(starts[first], starts[last], 2**20):
+            yield np.frombuffer(file.read(2 * min(2**20, starts[last] - start)), "<u2")
+
+
+def find_openings(
+    file: BinaryIO, encoded: Encoded, keep: np.ndarray, tokenizer: tiktoken.Encoding
+) -> list[tuple[str, float]]:
+    """Returns the openings that the stories to `keep` have most often, out of a scratch file, each
+    with its share of these stories.
+
+    What one story alone begins with, or less than one in a hundred, is not to be shown.
+    """
+    kept = np.flatnonzero(keep)
+    kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
+    common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
+    commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
+    openings = []
+    for kind in commonest[:NUM_OPENINGS]:
+        story = kept[firsts[kind]]
+        file.seek(2 * encoded.starts[story])
+        beginning = np.frombuffer(file.read(2 * min(400, encoded.tokens[story] - 1)), "<u2")
+        share = round(counts[kind] / len(kept), 4)
+        openings.append((opening_of(tokenizer.decode(beginning.tolist())), share))
+    return openings
 
 
 if __name__ == "__main__":

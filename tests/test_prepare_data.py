@@ -35,6 +35,7 @@ from prepare_data import (
     kept_stories,
     read_ids,
     start_workers,
+    submit,
 )
 from storygpt import cli
 from storygpt.encoding import NO_STORIES, encode_stories
@@ -423,6 +424,17 @@ def test_a_worker_that_fails_or_dies_is_one_sentence():
         for worker in active_children():
             worker.kill()  # as Linux does where memory runs out
         list(encode_in_parallel([["A."]] * 3, pool, 300, 1))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nothing is held back")
+def test_a_ctrl_c_while_a_worker_is_started_is_not_lost():
+    class Pool:
+        def submit(self, function) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(Pool(), print)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
 def test_no_more_processes_start_than_there_is_work():
