@@ -177,11 +177,10 @@ def open_files(
         reason = list_left_out(left_out) or "it is empty"
         raise InputError(f"{files.place} holds no stories ({reason}): {remedy}")
     splits, left_out[LEFT_OUT_TEST] = choose_splits(files.place, found)
-    names = [name for split in splits.values() for name in split]
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
         splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
-        total=None if files.commit else count_rows([files.get(name) for name in names]),
+        total=None if files.commit else count_rows([*map(files.get, chain(*splits.values()))]),
         left_out={reason: names for reason, names in left_out.items() if names},
         commit=files.commit,
         notes=notes_on(splits, declared=bool(configs)),
@@ -273,7 +272,7 @@ def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
 
 def notes_on(splits: Found, declared: bool) -> list[str]:
     """Says what is odd about the names that became splits, by their words or as `declared`."""
-    names = [name for split in splits.values() for name in split]
+    names = [*chain(*splits.values())]
     shards = [match for match in map(OF_SHARDS.match, names) if match]
     notes = [
         f"{first}* lacks {int(number) - have:,} of its {int(number):,} files"
@@ -321,12 +320,9 @@ def walk(folder: Path, left_out: Found) -> list[str]:
                 raise InputError(f"{path} is a link to nothing: remove it, or bring back its file")
             elif (place := path.resolve()) in seen or root_place.is_relative_to(place):
                 reason = ANOTHER_NAME
-            elif path.is_dir():
-                seen.add(place)
-                continue
-            elif path.is_file():
-                names.append(shown)
-                if kind_of(name):  # else a link to it may say of what kind it is
+            elif path.is_file() or path.is_dir():
+                names += [shown] if path.is_file() else []
+                if path.is_dir() or kind_of(name):  # else a link to it may say of what kind it is
                     seen.add(place)
                 continue
             else:
