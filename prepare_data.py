@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import tiktoken
 from filelock import FileLock
 
 from config import InputError, PresetName, check_whole, preset
@@ -34,11 +35,12 @@ from storygpt.cli import one_line, parse_flags, progress_bar, run, usable_cpus
 from storygpt.encoding import NO_STORIES, Encoded, concatenate, encode_stories, opening_of
 from storygpt.files import take_lock, writing
 from storygpt.sources import Stories, list_left_out, open_stories
-from storygpt.token_files import SPLITS, install, write_split
-from storygpt.tokenizer import check_vocab_size, load_tokenizer
+from storygpt.token_files import CHOICES, SPLITS, install, write_split
+from storygpt.tokenizer import END_OF_TEXT, load_tokenizer
 
 BATCH = 1_000  # stories a worker encodes at once, unless they have more than
 BATCH_CHARACTERS = 2**20
+ENOUGH_PROCESSES = 16  # more than one can feed with stories
 MOST_PROCESSES = 61 if sys.platform == "win32" else 1_000  # no more can be waited for on Windows
 NUM_OPENINGS = 5
 RAREST_OPENING = 0.01  # of the stories
@@ -69,7 +71,7 @@ class Arguments:
     """Share of stories held out where the data set has no validation split."""
     deduplicate: bool = False
     """Keep only the first of equal train stories, and none that the validation split holds."""
-    num_proc: int = min(usable_cpus(), MOST_PROCESSES)
+    num_proc: int = min(usable_cpus(), ENOUGH_PROCESSES)
     """Processes that encode, at most: a small data set needs fewer."""
     data_dir: Path = Path("data")
     """Folder to write to."""
@@ -90,9 +92,12 @@ def prepare(arguments: Arguments) -> None:
     if arguments.vocab_size is None:
         arguments = replace(arguments, vocab_size=preset(arguments.preset)[0].vocab_size)
     check_arguments(arguments)
+    tokenizer = load_tokenizer(arguments.vocab_size)
+    flags = {name: getattr(arguments, name) for name in CHOICES}
+    chosen = {name: value for name, value in flags.items() if value != getattr(Arguments, name)}
     start, data_dir = time.perf_counter(), arguments.data_dir
     with start_workers(arguments.num_proc) as pool:
-        submit(pool, describe_in_worker, [], arguments.vocab_size)  # a worker gets ready meanwhile
+        submit(pool, encode_stories, [], arguments.vocab_size)  # a worker gets ready meanwhile
         source = open_stories(
             arguments.dataset,
             text_column=arguments.text_column,
@@ -101,16 +106,17 @@ def prepare(arguments: Arguments) -> None:
             seed=arguments.seed,
         )
         with writing(data_dir, "pass another --data_dir"), scratch_folder(data_dir) as scratch:
-            read, empty, distinct = encode_splits(source, scratch, pool, arguments)
+            read, tally = encode_splits(source, scratch, pool, arguments)
             meta = {
                 "dataset": arguments.dataset,
                 "subset": arguments.subset,
                 "revision": source.commit,
-                **write_splits(scratch, read, pool, arguments),
+                **chosen,
+                **write_splits(scratch, read, tokenizer, arguments),
             }
             install(scratch, data_dir, meta)
     seconds = time.perf_counter() - start
-    summarize(meta, source, arguments=arguments, empty=empty, distinct=distinct, seconds=seconds)
+    summarize(meta, source, arguments=arguments, tally=tally, seconds=seconds)
 
 
 def check_arguments(arguments: Arguments) -> None:
@@ -124,25 +130,26 @@ def check_arguments(arguments: Arguments) -> None:
     check_whole("seed", arguments.seed, 0, 2**63 - 1)
     if arguments.max_stories is not None:
         check_whole("max_stories", arguments.max_stories, 1)
-    check_vocab_size(arguments.vocab_size)
 
 
 def encode_splits(
     source: Stories, scratch: Path, pool: Executor, arguments: Arguments
-) -> tuple[dict[str, Encoded], int, int]:
+) -> tuple[dict[str, Encoded], Counter]:
     """Writes the ids of all stories to one file in `scratch`; returns what is kept of each beside
-    them, by split, how many stories were empty, and how many different ids there are.
+    them, by split, and a tally of "empty" stories, of "separators" in them that stay text, and of
+    "distinct" ids.
 
     Raises InputError where a split has no stories.
     """
-    read, skipped, seen = {}, Counter(), np.zeros(arguments.vocab_size, bool)
-    total = arguments.max_stories or source.total
+    read, tally, seen = {}, Counter(), np.zeros(arguments.vocab_size, bool)
+    most = arguments.max_stories
+    total = most * len(source.splits) if most else source.total
     with (
         progress_bar(total=total, unit=" stories", desc="encoding") as bar,
         (scratch / SCRATCH_IDS).open("wb") as file,
     ):
         for split, rows in source.splits.items():
-            stories = islice(kept_stories(rows, skipped), arguments.max_stories)
+            stories = islice(kept_stories(rows, tally), most)
             parts = []
             for part in encode_in_parallel(
                 batched(stories), pool, vocab_size=arguments.vocab_size, num_proc=arguments.num_proc
@@ -157,11 +164,12 @@ def encode_splits(
                     "check --dataset and --text_column"
                 )
             read[split] = concatenate(parts)
-    return read, skipped["empty"], int(seen.sum())
+    tally["distinct"] = int(seen.sum())
+    return read, tally
 
 
 def write_splits(
-    scratch: Path, read: dict[str, Encoded], pool: Executor, arguments: Arguments
+    scratch: Path, read: dict[str, Encoded], tokenizer: tiktoken.Encoding, arguments: Arguments
 ) -> dict:
     """Writes the two files in `scratch` from what was `read` into it; returns what meta.json says
     of what they hold. Raises InputError where a split would be empty."""
@@ -189,20 +197,20 @@ def write_splits(
                 num_bytes=int(encoded.bytes[keep[split]].sum()),
             )
         # a story that is there several times is still one story
-        beginnings, shares = find_openings(file, encoded, once)
-    described = submit(pool, describe_in_worker, beginnings, arguments.vocab_size)
-    tokenizer, openings = described.result()
+        openings = find_openings(file, encoded, once, tokenizer)
     return {
-        **tokenizer,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.n_vocab,
+        "end_of_text": tokenizer.eot_token,
         "splits": counts,
         "duplicates": {"in train": repeated, "validation in train": in_train},
         "deduplicated": arguments.deduplicate,
-        "openings": list(zip(openings, shares, strict=True)),
+        "openings": openings,
     }
 
 
 def summarize(
-    meta: dict, source: Stories, arguments: Arguments, empty: int, distinct: int, seconds: float
+    meta: dict, source: Stories, arguments: Arguments, tally: Counter, seconds: float
 ) -> None:
     """Prints what was read, what was not, and what the files hold."""
     counts = meta["splits"]
@@ -214,18 +222,19 @@ def summarize(
         print(f"{split + ':':12}{c['stories']:>11,} stories {c['tokens']:>14,} tokens")
     repeated, in_train = meta["duplicates"].values()
     print(
-        f"{total['bytes'] / total['tokens']:.2f} bytes a token, {distinct:,} distinct ids "
-        f"of {arguments.vocab_size:,}, {empty:,} empty stories skipped\n"
+        f"{total['bytes'] / total['tokens']:.2f} bytes a token, {tally['distinct']:,} distinct "
+        f"ids of {arguments.vocab_size:,}, {tally['empty']:,} empty stories skipped\n"
         f"duplicates: {repeated:,} train stories repeat another, {in_train:,} validation stories "
         "are in train, too" + ("; dropped from train" if meta["deduplicated"] else "")
     )
     for note in source.notes:
         print(f"note: {note}")
-    if "validation" in source.splits:
-        if counts["train"]["stories"] == 1:
-            print("note: train is a single story: put <|endoftext|> between stories")
-        if counts["validation"]["stories"] == 1:
-            print("note: validation is a single story: its loss will say little")
+    if number := tally["separators"]:
+        print(f"note: {number:,} stories hold {END_OF_TEXT} as text: put one story in a row")
+    if counts["train"]["stories"] == 1:
+        print(f"note: train is a single story: put {END_OF_TEXT} between stories")
+    if counts["validation"]["stories"] == 1 and "validation" in source.splits:
+        print("note: validation is a single story: its loss will say little")
     if source.left_out:
         print(f"not read: {list_left_out(source.left_out)}")
     print(
@@ -234,40 +243,7 @@ def summarize(
     )
 
 
-# --- Encoding, in worker processes ---
-
-
-def describe_in_worker(beginnings: list[list[int]], vocab_size: int) -> tuple[dict, list[str]]:
-    """Returns what meta.json says of the tokenizer, and the openings of stories that begin with
-    these ids. Both take a tokenizer, which the parent has no need of, and memory for it."""
-    tokenizer = load_tokenizer(vocab_size)
-    names = {"tokenizer": tokenizer.name, "vocab_size": vocab_size}
-    openings = [opening_of(tokenizer.decode(ids)) for ids in beginnings]
-    return names | {"end_of_text": tokenizer.eot_token}, openings
-
-
-def follow_parent() -> None:
-    """Ends this worker when its parent has ended, however that was; leaves Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def submit(pool: Executor, function: Callable, *arguments) -> Future:
-    """Gives the pool some work, for which it starts one more process unless one is idle."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: imports are silent, too
-    try:
-        return pool.submit(function, *arguments)
-    except OSError as error:
-        raise InputError(
-            f"no more processes can be started ({error.strerror}): pass a smaller --num_proc"
-        ) from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
+# --- Worker processes ---
 
 
 @contextmanager
@@ -287,6 +263,32 @@ def start_workers(num_proc: int) -> Iterator[Executor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def follow_parent() -> None:
+    """Ends this worker when its parent has ended, however that was; leaves Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def submit(pool: Executor, function: Callable, *arguments) -> Future:
+    """Gives the pool some work, for which it starts one more process unless one is idle."""
+    posix = os.name == "posix"  # where a process inherits this: a worker's imports are silent, too
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if posix else None
+    try:
+        return pool.submit(function, *arguments)
+    except OSError as error:
+        raise InputError(
+            f"no more processes can be started ({error.strerror}): pass a smaller --num_proc"
+        ) from error
+    finally:
+        if posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a Ctrl-C comes now, and is not lost
 
 
 def batched(stories: Iterable[str]) -> Iterator[list[str]]:
@@ -328,17 +330,35 @@ def encode_in_parallel(
 # --- Which stories go where ---
 
 
-def kept_stories(stories: Iterable[str | None], skipped: Counter) -> Iterator[str]:
-    """Yields the stories that hold anything; those that do not are counted in `skipped`.
+def kept_stories(stories: Iterable[str | None], tally: Counter) -> Iterator[str]:
+    """Yields the stories that hold anything; counts as "empty" those that do not, and as
+    "separators" those with an end-of-text in them.
 
     A byte-order mark belongs to the file that a story comes from, not to the story.
     """
     for story in stories:
         story = story and story.lstrip("\ufeff")
         if story and not story.isspace():
+            tally["separators"] += END_OF_TEXT in story
             yield story
         else:
-            skipped["empty"] += 1
+            tally["empty"] += 1
+
+
+def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
+    """Draws which stories are held out: (num_stories,) bool.
+
+    Raises InputError where there is but one.
+    """
+    if num_stories == 1:
+        raise InputError(
+            f"{name} holds one story alone, which cannot be both train and validation: add "
+            f"stories, put {END_OF_TEXT} between them, or pass a larger --max_stories"
+        )
+    number = min(max(round(num_stories * fraction), 1), num_stories - 1)
+    held_out = np.zeros(num_stories, bool)
+    held_out[np.random.default_rng(seed).choice(num_stories, number, replace=False)] = True
+    return held_out
 
 
 def find_duplicates(hashes: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -359,52 +379,7 @@ def find_duplicates(hashes: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarra
     return once, len(train) - len(kinds), int(np.isin(kind[held_out], kinds).sum())
 
 
-def hold_out(num_stories: int, fraction: float, seed: int, name: str) -> np.ndarray:
-    """Draws which stories are held out: (num_stories,) bool.
-
-    Raises InputError where there is but one.
-    """
-    if num_stories == 1:
-        raise InputError(
-            f"{name} holds one story alone, which cannot be both train and validation: add "
-            "stories, put <|endoftext|> between them, or pass a larger --max_stories"
-        )
-    number = min(max(round(num_stories * fraction), 1), num_stories - 1)
-    held_out = np.zeros(num_stories, bool)
-    held_out[np.random.default_rng(seed).choice(num_stories, number, replace=False)] = True
-    return held_out
-
-
-def read_ids(file: BinaryIO, encoded: Encoded, keep: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the ids of the stories to `keep`, (stories,) bool, from a scratch file that holds
-    those of all stories of `encoded`: (tokens,) uint16, about a million at a time."""
-    starts = encoded.starts
-    changes = np.flatnonzero(np.diff(keep, prepend=False, append=False))
-    for first, last in changes.reshape(-1, 2):
-        file.seek(2 * starts[first])
-        for start in range(starts[first], starts[last], 2**20):
-            yield np.fromfile(file, "<u2", min(2**20, starts[last] - start))
-
-
-def find_openings(
-    file: BinaryIO, encoded: Encoded, keep: np.ndarray
-) -> tuple[list[list[int]], list[float]]:
-    """Finds the openings that the stories to `keep` have most often: returns the first ids of a
-    story with each, out of a scratch file, and its share of the stories.
-
-    What one story alone begins with, or less than one in a hundred, is not to be shown.
-    """
-    kept = np.flatnonzero(keep)
-    kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
-    common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
-    commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
-    beginnings, shares = [], []
-    for kind in commonest[:NUM_OPENINGS]:
-        story = kept[firsts[kind]]
-        file.seek(2 * encoded.starts[story])
-        beginnings.append(np.fromfile(file, "<u2", min(400, encoded.tokens[story] - 1)).tolist())
-        shares.append(round(counts[kind] / len(kept), 4))
-    return beginnings, shares
+# --- The scratch folder ---
 
 
 @contextmanager
@@ -430,6 +405,39 @@ def scratch_folder(data_dir: Path) -> Iterator[Path]:
         lock.release()
         with suppress(OSError):
             scratch.rmdir()  # on Windows, where a file that is open stays
+
+
+def read_ids(file: BinaryIO, encoded: Encoded, keep: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the ids of the stories to `keep`, (stories,) bool, from a scratch file that holds
+    those of all stories of `encoded`: (tokens,) uint16, about a million at a time."""
+    starts = encoded.starts
+    changes = np.flatnonzero(np.diff(keep, prepend=False, append=False))
+    for first, last in changes.reshape(-1, 2):
+        file.seek(2 * starts[first])
+        for start in range(starts[first], starts[last], 2**20):
+            yield np.frombuffer(file.read(2 * min(2**20, starts[last] - start)), "<u2")
+
+
+def find_openings(
+    file: BinaryIO, encoded: Encoded, keep: np.ndarray, tokenizer: tiktoken.Encoding
+) -> list[tuple[str, float]]:
+    """Returns the openings that the stories to `keep` have most often, out of a scratch file, each
+    with its share of these stories.
+
+    What one story alone begins with, or less than one in a hundred, is not to be shown.
+    """
+    kept = np.flatnonzero(keep)
+    kinds, firsts, counts = np.unique(encoded.openings[kept], return_index=True, return_counts=True)
+    common = (kinds != 0) & (counts > 1) & (counts >= RAREST_OPENING * len(kept))
+    commonest = sorted(np.flatnonzero(common), key=lambda kind: (-counts[kind], firsts[kind]))
+    openings = []
+    for kind in commonest[:NUM_OPENINGS]:
+        story = kept[firsts[kind]]
+        file.seek(2 * encoded.starts[story])
+        beginning = np.frombuffer(file.read(2 * min(400, encoded.tokens[story] - 1)), "<u2")
+        share = round(counts[kind] / len(kept), 4)
+        openings.append((opening_of(tokenizer.decode(beginning.tolist())), share))
+    return openings
 
 
 if __name__ == "__main__":

@@ -61,32 +61,26 @@ def encode_stories(stories: list[str], vocab_size: int) -> Encoded:
     Raises InputError for what cannot be encoded.
     """
     try:
-        sizes, hashes = measure_texts(stories)
+        texts = [story.encode() for story in stories]
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
         whole = [s.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for s in stories]
         return encode_stories(whole, vocab_size)
     tokenizer = load_tokenizer(vocab_size)
     ids = encode_joined(stories, tokenizer)
     ends = np.flatnonzero(ids == tokenizer.eot_token)
-    tokens = np.diff(ends, prepend=-1).astype(np.uint32)
-    return Encoded(ids, tokens, sizes, hashes, hash_openings(stories))
-
-
-def measure_texts(stories: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the UTF-8 bytes of each story, and a hash of them, as in `Encoded`."""
-    texts = [story.encode() for story in stories]
-    hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
-    return (
-        np.array([len(text) for text in texts], np.uint32),
-        np.frombuffer(hashes, np.uint64).reshape(-1, 2),
+    return Encoded(
+        ids=ids,
+        tokens=np.diff(ends, prepend=-1).astype(np.uint32),
+        bytes=np.array([len(text) for text in texts], np.uint32),
+        hashes=hash_texts(texts, 16).reshape(-1, 2),
+        openings=hash_texts([opening_of(story).encode() for story in stories], 8),
     )
 
 
-def hash_openings(stories: list[str]) -> np.ndarray:
-    """Returns a hash of each story's opening, as in `Encoded`."""
-    openings = [opening_of(story).encode() for story in stories]
+def hash_texts(texts: list[bytes], size: int) -> np.ndarray:
+    """Returns `size` bytes of hash of each text, all 0 where it is empty, as uint64."""
     hashes = [
-        hashlib.blake2b(text, digest_size=8).digest() if text else bytes(8) for text in openings
+        hashlib.blake2b(text, digest_size=size).digest() if text else bytes(size) for text in texts
     ]
     return np.frombuffer(b"".join(hashes), np.uint64)
 

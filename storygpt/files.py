@@ -118,18 +118,17 @@ def save_figure(figure, path: Path, dpi: int) -> None:
     write_bytes(path, image.getvalue())
 
 
-def refuse_pointers(paths: list[Path]) -> None:
+def refuse_pointer(path: Path) -> None:
     """Raises InputError where there is git's pointer to a large file instead of the file, or a web
-    page about it, or one cannot be read."""
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                start = file.read(60)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-        if start.startswith(b"version https://git-lfs.github.com/spec/"):
-            raise InputError(
-                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
-            )
-        if start.lstrip().lower().startswith(b"<!doctype html"):
-            raise InputError(f"{path} is a web page, not the file: download the file itself")
+    page about it, or it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(60)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise InputError(f"{path} is a web page, not the file: download the file itself")

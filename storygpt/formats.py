@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import GenerationSettings, GPTConfig, InputError, TrainingConfig
-from storygpt.files import BEST, refuse_pointers
+from storygpt.files import BEST, refuse_pointer
 from storygpt.record import from_dict, record_of, weights_sha256
 from storygpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, gpt2_file, load_tokenizer
 
@@ -68,7 +68,7 @@ def reading_weights(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any layer of zip, pickle and torch
-        refuse_pointers([path])
+        refuse_pointer(path)
         if isinstance(error, pickle.UnpicklingError):
             raise InputError(
                 f"{path} is refused: it holds more than weights and settings, and loading it could "

@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 
 from config import InputError
 from storygpt.cli import one_line, shorten
-from storygpt.files import refuse_pointers
+from storygpt.files import refuse_pointer
 from storygpt.tokenizer import END_OF_TEXT
 
 BOMS = {
@@ -364,8 +364,7 @@ def arrow_stories(tables: Iterable, column: str, columns: list[str]) -> Iterator
             names = values.type.names if pa.types.is_struct(values.type) else []
             values = compute.struct_field(values, place_of(field, names, missing))
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        text_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-        if any(is_text(kind) for is_text in text_types):
+        if kind in (pa.string(), pa.large_string(), pa.string_view()):
             # as bytes, because nobody has checked that they are UTF-8
             values = values.cast(kind).cast(pa.large_binary())
         elif values.null_count < len(values):
@@ -398,9 +397,9 @@ def count_rows(paths: list[Path]) -> int | None:
         return None
     from pyarrow import parquet
 
-    refuse_pointers(paths)
     total = 0
     for path in paths:
+        refuse_pointer(path)
         with reading(path):
             total += parquet.read_metadata(path).num_rows
     return total
@@ -433,5 +432,5 @@ def read_stories(path: Path, where: str, column: str) -> Iterator[str | None]:
     Raises InputError for anything else.
     """
     with reading(where):
-        refuse_pointers([path])
+        refuse_pointer(path)
         yield from READERS[kind_of(path.name)](path, column)

@@ -32,7 +32,7 @@ from storygpt.readers import (
 
 BUILTIN = ("builtin", "sample")
 NUM_BUILTIN_STORIES = 20_000
-HIDDEN, ANOTHER_NAME = "hidden", "another name of what is read"
+HIDDEN, OTHER_KIND, ANOTHER_NAME = "hidden", "of another kind", "another name of what is read"
 LEFT_OUT_TEST = "test, as there is validation"
 LEFT_OUT_TEXTS = ".txt beside structured files"
 FEW_OF_MANY = 20  # a file in so many, or more, may be called "dev" or "test" for another reason
@@ -40,6 +40,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing":
 SPLIT_WORDS |= dict.fromkeys(
     ("val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"), "validation"
 )
+SPLIT_WORDS |= {f"{word}set": split for word, split in SPLIT_WORDS.items()}
 WORD = re.compile(r"[^\W_]+")
 # numbers of shards, versions and copies, at either end of a name without its endings; a number is
 # never tried in parts (++), or one of thirty digits would take hours
@@ -54,7 +55,9 @@ NOTES = re.compile(
     r"(readme|licen[cs]e|requirements|changelog|copying)s?([-_. ].*)?|changes|copyright|notice|"
     r"authors|contribut(ors|ing)|citation"
 )
-SETTINGS = re.compile(r"(package(-lock)?|config|dataset_(infos?|dict)|state|meta)\.json")
+SETTINGS = re.compile(
+    r"(package(-lock)?|config|croissant|dataset(_infos?|_dict|-metadata)|state|meta)\.json"
+)
 WILDCARDS = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 UNKNOWN_README = "{}/README.md declares its data in no way that is known"
@@ -174,11 +177,10 @@ def open_files(
         reason = list_left_out(left_out) or "it is empty"
         raise InputError(f"{files.place} holds no stories ({reason}): {remedy}")
     splits, left_out[LEFT_OUT_TEST] = choose_splits(files.place, found)
-    names = [name for split in splits.values() for name in split]
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
         splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
-        total=None if files.commit else count_rows([files.get(name) for name in names]),
+        total=None if files.commit else count_rows([*map(files.get, chain(*splits.values()))]),
         left_out={reason: names for reason, names in left_out.items() if names},
         commit=files.commit,
         notes=notes_on(splits, declared=bool(configs)),
@@ -270,7 +272,7 @@ def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
 
 def notes_on(splits: Found, declared: bool) -> list[str]:
     """Says what is odd about the names that became splits, by their words or as `declared`."""
-    names = [name for split in splits.values() for name in split]
+    names = [*chain(*splits.values())]
     shards = [match for match in map(OF_SHARDS.match, names) if match]
     notes = [
         f"{first}* lacks {int(number) - have:,} of its {int(number):,} files"
@@ -313,17 +315,19 @@ def walk(folder: Path, left_out: Found) -> list[str]:
             path = Path(root, name)
             shown = path.relative_to(folder).as_posix()
             if is_hidden(name):
-                left_out[HIDDEN].append(shown)
+                reason = HIDDEN
             elif not path.exists():
                 raise InputError(f"{path} is a link to nothing: remove it, or bring back its file")
             elif (place := path.resolve()) in seen or root_place.is_relative_to(place):
-                left_out[ANOTHER_NAME].append(shown)
+                reason = ANOTHER_NAME
             elif path.is_file() or path.is_dir():
-                seen.add(place)
                 names += [shown] if path.is_file() else []
+                if path.is_dir() or kind_of(name):  # else a link to it may say of what kind it is
+                    seen.add(place)
                 continue
             else:
-                left_out["of another kind"].append(shown)
+                reason = OTHER_KIND
+            left_out[reason].append(shown)
             if name in folders:
                 folders.remove(name)
         folders.sort()
@@ -347,7 +351,7 @@ def find_data(names: list[str], left_out: Found) -> dict[str, str]:
         elif NOTES.fullmatch(stem) or SETTINGS.fullmatch(path.name.lower()):
             left_out["notes by their name"].append(name)
         elif not kind:
-            left_out["of another kind"].append(name)
+            left_out[OTHER_KIND].append(name)
         elif path.suffix.lower() in PACKED and name.removesuffix(path.suffix) in everything:
             left_out["compressed copies"].append(name)
         else:
@@ -413,7 +417,7 @@ def declared_files(files: Files, config: dict) -> Iterator[tuple[str, list[str]]
             matches = match_files(files.names, posixpath.join(folder, path))
             if not matches:
                 raise InputError(f"{files.place}/README.md declares {path}: there is no such file")
-            yield split_of(part["split"]), [*find_data(matches, defaultdict(list))] or matches
+            yield split_of(str(part["split"])), [*find_data(matches, defaultdict(list))] or matches
 
 
 def find_declared(files: Files, configs: dict[str, dict], subset: str | None) -> Found:

@@ -18,6 +18,8 @@ from storygpt.cli import command_line
 from storygpt.files import META
 
 SPLITS = ("train", "validation")
+# What decides which stories are taken, as a flag of prepare_data.py and in meta.json.
+CHOICES = ("text_column", "max_stories", "validation_fraction", "seed")
 
 
 def write_split(path: Path, parts: Iterable[np.ndarray], stories: int, num_bytes: int) -> dict:
@@ -82,9 +84,9 @@ def is_meta(meta) -> bool:
 
 def prepare_command(data_dir: Path, meta: dict, **flags) -> str:
     """Returns in backticks the command that prepares `data_dir` with what a meta.json names."""
-    known = {name: meta.get(name) for name in ("dataset", "subset", "revision")}
-    known |= {"deduplicate": meta.get("deduplicated")} | flags
-    known = {name: value for name, value in known.items() if value}
+    known = {name: meta.get(name) for name in ("dataset", "subset", "revision", *CHOICES)}
+    known |= {"deduplicate": meta.get("deduplicated") or None} | flags
+    known = {name: value for name, value in known.items() if value is not None}
     return f"`{command_line('prepare_data.py', data_dir=data_dir, **known)}`"
 
 
@@ -97,12 +99,9 @@ def load_meta(
     Raises InputError where there is none, it is not as prepare_data wrote it, or its vocabulary
     is not the model's.
     """
-    path, wanted = Path(data_dir) / META, {}
+    path = Path(data_dir) / META
     by_preset = preset_name and preset(preset_name)[0].vocab_size == vocab_size
-    if by_preset:
-        wanted = {"preset": preset_name}
-    elif vocab_size:
-        wanted = {"vocab_size": vocab_size}
+    wanted = {"preset": preset_name} if by_preset else {"vocab_size": vocab_size}
     prepare = prepare_command(data_dir, {}, **wanted)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

@@ -36,15 +36,6 @@ def gpt2_file(name: str) -> str:
     return data.decode()
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raises InputError for a size GPT-2 has no tokens for."""
-    if not MIN_VOCAB_SIZE <= vocab_size <= GPT2_VOCAB_SIZE:
-        raise InputError(
-            f"vocab_size {vocab_size} is not one the GPT-2 tokenizer can be cut to: "
-            f"pass --vocab_size with {MIN_VOCAB_SIZE} to {GPT2_VOCAB_SIZE}"
-        )
-
-
 @lru_cache
 def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
     """Returns GPT-2's BPE cut to its first `vocab_size - 1` tokens, and end-of-text as the last id.
@@ -53,7 +44,11 @@ def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> tiktoken.Encoding:
     bytes is itself a complete, lossless BPE (Sennrich et al., 2016, arXiv:1508.07909). At 50,257
     the ids are exactly GPT-2's. Raises InputError for a size GPT-2 has no tokens for.
     """
-    check_vocab_size(vocab_size)
+    if not MIN_VOCAB_SIZE <= vocab_size <= GPT2_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size {vocab_size} is not one the GPT-2 tokenizer can be cut to: "
+            f"pass --vocab_size with {MIN_VOCAB_SIZE} to {GPT2_VOCAB_SIZE}"
+        )
     # encoder.json spells tokens in printable characters: the bytes that are none come from 256 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]

@@ -35,10 +35,11 @@ from prepare_data import (
     kept_stories,
     read_ids,
     start_workers,
+    submit,
 )
 from storygpt import cli
 from storygpt.encoding import NO_STORIES, encode_stories
-from storygpt.token_files import load_meta
+from storygpt.token_files import load_meta, load_tokens
 from storygpt.tokenizer import load_tokenizer
 
 STORIES = [f"Story {i} is about a cat.\n\nIt has {i} tails — and a hat." for i in range(300)]
@@ -333,6 +334,35 @@ def test_a_validation_split_of_one_story_is_noted(prepared, tmp_path):
     assert "note: train is a single story" in prepared(tmp_path / "lines", tmp_path / "out")
     (tmp_path / "in" / "val.jsonl").unlink()  # one is held out, which nobody meant
     assert note not in prepared(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "parts", {"1.txt": "A.\nB.\n", "2.txt": "C.\nD.\n"})
+    assert "note: train is a single story" in prepared(tmp_path / "parts", tmp_path / "out")
+
+
+def test_stories_that_keep_a_separator_as_text_are_noted(prepared, tmp_path):
+    """As where a .txt was made a table of its lines."""
+    rows = ["A.", "<|endoftext|>", "B.", "C.<|endoftext|>D.", "", "E."]
+    put(tmp_path, {"a.jsonl": jsonl(rows), "b.txt": "A.<|endoftext|>B."})
+    note = "stories hold <|endoftext|> as text: put one story in a row"
+    assert f"note: 2 {note}" in prepared(tmp_path / "a.jsonl", tmp_path / "out")
+    assert note not in prepared(tmp_path / "b.txt", tmp_path / "out")
+
+
+def test_the_command_that_mends_a_folder_makes_the_same_files_again(
+    prepared, tmp_path, monkeypatch
+):
+    rows = "".join(json.dumps({"story": story}) + "\n" for story in STORIES * 2)
+    path, out = put(tmp_path, {"a.jsonl": rows}) / "a.jsonl", tmp_path / "out"
+    few = {"max_stories": 400, "validation_fraction": 0.1, "seed": 0, "deduplicate": True}
+    for flags in ({"text_column": "story"}, {"text_column": "story", "vocab_size": 300} | few):
+        prepared(path, out, **flags)
+        before = files_in(out)
+        (out / "validation.bin").unlink()
+        with pytest.raises(InputError) as error:
+            load_tokens(out, "validation", load_meta(out, None))
+        _, script, *words = shlex.split(str(error.value).split("`")[1])
+        monkeypatch.setattr("sys.argv", [script, *words])
+        prepared(**vars(cli.parse_flags(prepare_data.Arguments)))
+        assert files_in(out) == before and ("--seed" in words) == ("seed" in flags)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
@@ -396,6 +426,17 @@ def test_a_worker_that_fails_or_dies_is_one_sentence():
         list(encode_in_parallel([["A."]] * 3, pool, 300, 1))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nothing is held back")
+def test_a_ctrl_c_while_a_worker_is_started_is_not_lost():
+    class Pool:
+        def submit(self, function) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(Pool(), print)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
 def test_no_more_processes_start_than_there_is_work():
     with start_workers(8) as pool:
         (encoded,) = encode_in_parallel([["A."]], pool, 300, 8)
@@ -427,7 +468,7 @@ def test_where_no_process_can_be_had_this_one_encodes(script, tmp_path):
 
 def test_num_proc_is_the_cpus_that_may_be_used():
     run = "import os, prepare_data; print(prepare_data.Arguments().num_proc)"
-    assert int(python("-c", run).stdout) == len(os.sched_getaffinity(0))
+    assert int(python("-c", run).stdout) == min(len(os.sched_getaffinity(0)), 16)
     one = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {run}"
     assert int(python("-c", one).stdout) == 1
 

@@ -138,6 +138,7 @@ TWO_COLUMNS = arrow_file(pa.Table.from_arrays([pa.array(["A."]), pa.array([1])],
         ("a.parquet", b"PAR1 but no more", "cannot read"),
         ("a.parquet", TWO_COLUMNS, "it has two columns 'text': rename one"),
         ("a.txt", "\n<!DOCTYPE html>\n<html>", "is a web page, not the file"),
+        ("a.txt", "<html>\r\n<head><title>404 Not Found", "is a web page, not the file"),
     ],
 )
 def test_values_that_are_no_text_are_named_with_file_and_row(name, data, says, tmp_path):

@@ -23,9 +23,8 @@ def left_out(path) -> dict[str, list[str]]:
 
 def test_what_is_no_data_is_left_out_and_named(tmp_path):
     notes = ["LICENSE.txt", "LICENCE-data.txt", "requirements-dev.txt", "README.txt", "Notice.txt"]
-    put(
-        tmp_path, dict.fromkeys([*notes, "package.json", ".hidden.jsonl", ".git/x.txt"], "You may.")
-    )
+    notes += ["package.json", "croissant.json", "dataset-metadata.json"]
+    put(tmp_path, dict.fromkeys([*notes, ".hidden.jsonl", ".git/x.txt"], "You may."))
     put(tmp_path, {"data/b.parquet.gz": gzip.compress(parquet(LONG))})
     put(tmp_path, {"data/a.jsonl": jsonl(LONG), "b.zip": b"PK", "old.txt": "A."})
     put(tmp_path, {"data/a.jsonl.gz": gzip.compress(jsonl(LONG).encode())})
@@ -35,11 +34,25 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path):
     assert read(tmp_path) == {"train": LONG}
     assert left_out(tmp_path) == {
         "hidden": [".git", ".hidden.jsonl"],
-        "notes by their name": sorted([*notes, "package.json"]),
+        "notes by their name": sorted(notes),
         "of another kind": ["pipe.jsonl", "b.zip", "data/b.parquet.gz"],
         ".txt beside structured files": ["old.txt"],
         "another name of what is read": ["data/a.jsonl", "data/up"],
         "compressed copies": ["data/a.jsonl.gz"],
+    }
+
+
+def test_a_link_may_say_of_what_kind_a_file_is(tmp_path):
+    """As where files are named by their sums, and links name them."""
+    blobs = {"blobs/1f": jsonl(LONG[:6]), "blobs/2e": jsonl(LONG[6:]), "refs/main": "c1"}
+    put(tmp_path, blobs | {"snapshots/c1/README.md": "Stories."})
+    for link, blob in {"c1/a.jsonl": "1f", "c1/b.jsonl": "2e", "c1/c.jsonl": "2e"}.items():
+        (tmp_path / "snapshots" / link).symlink_to(f"../../blobs/{blob}")
+    assert read(tmp_path) == {"train": LONG}
+    assert left_out(tmp_path) == {
+        "another name of what is read": ["snapshots/c1/c.jsonl"],
+        "of another kind": ["blobs/1f", "blobs/2e", "refs/main"],
+        "notes by their name": ["snapshots/c1/README.md"],
     }
 
 
@@ -152,6 +165,10 @@ def test_what_may_not_be_read_is_named(tmp_path):
         ("Stories_VAL_Part1", "validation"),
         ("stories [val]", "validation"),
         ("holdout/a", "validation"),
+        ("trainset", "train"),
+        ("my_valset", "validation"),
+        ("testset/a", "test"),
+        ("onset", "train"),
         ("00001", "train"),
         # as Spark names them: no number is tried in parts, which would take hours
         (f"{'1234567890' * 5}-c000", "train"),
@@ -279,6 +296,8 @@ def test_a_readme_that_declares_its_splits_is_followed(tmp_path):
         refused(tmp_path, "in no way that is known")
     put(tmp_path, {"README.md": README.replace("name: en", "name: 2012")})
     assert read(tmp_path, subset="2012")["train"] == LONG[:6]
+    put(tmp_path, {"README.md": README.replace("split: train", "split: 2012")})
+    assert read(tmp_path, subset="en")["train"] == LONG[:6]
 
 
 def declaring(*configs: str) -> str:

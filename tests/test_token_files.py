@@ -115,7 +115,8 @@ def test_ids_and_models_of_another_vocabulary_are_named(data_dir, tmp_path):
         (
             True,
             8192,
-            "data, run `python prepare_data.py --data_dir {} --dataset sample --preset 10m`, or",
+            "data, run `python prepare_data.py --data_dir {} --dataset sample --max_stories 5000 "
+            "--validation_fraction 0.04 --preset 10m`, or",
         ),
         (True, 300, "pass the --data_dir of the model's own data, or pass --vocab_size 512 to"),
     ],
