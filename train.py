@@ -151,7 +151,9 @@ def train(run: Run, state: TrainState) -> int:
     if run.facts.record["init_from"] and state.step == 0:
         evaluate_start(run, state, compiled, log)
 
-    pace = Pace(training, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
+    windows = min(training.eval_windows, len(run.val_tokens) // arguments.gpt.context_length)
+    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
+    pace = Pace(training, eval_windows=windows, deadline=deadline)
     last_save = time.monotonic()
     stop = None
     with log or nullcontext():
@@ -197,6 +199,8 @@ def train(run: Run, state: TrainState) -> int:
             # --- Log ---
             log.add(entry)
             pace.add(seconds, evaluation=time.monotonic() - began - seconds if evaluated else None)
+            if state.step == log.first_step + 20 < training.max_steps:  # the speed has settled
+                log.show_left(pace.left(state.step))
         finished = state.step == training.max_steps
         if processes.is_main:
             folder.wait(training.save_minutes if finished else 0)  # what goes on in the background
@@ -378,11 +382,14 @@ def save(run: Run, state: TrainState, names: list[str]) -> None:
 class Pace:
     """How long steps take, and evaluations with what comes with them: by the latest ones."""
 
-    def __init__(self, training: TrainingConfig, deadline: float):
+    def __init__(self, training: TrainingConfig, eval_windows: int, deadline: float):
+        """`eval_windows` are those that an evaluation has, `deadline` is of time.monotonic()."""
         so_far = time.monotonic() - cli.STARTED  # run up stands in for the first steps
         self.training, self.deadline = training, deadline
         self.steps = deque([so_far, so_far], maxlen=10)
         self.evaluation: float | None = None
+        # A step is three times the work of a forward pass.
+        self.evaluation_in_steps = eval_windows / training.windows_per_step / 3
 
     def add(self, step: float, evaluation: float | None) -> None:
         """Notes the seconds of a step, and of its evaluation if it had one."""
@@ -390,16 +397,24 @@ class Pace:
         if evaluation is not None:
             self.evaluation = evaluation
 
+    def seconds(self, steps: range, each: float) -> float:
+        """Returns the seconds of `steps`, which take `each`, with their evaluations."""
+        evaluation = self.evaluation
+        if evaluation is None:
+            evaluation = each * self.evaluation_in_steps
+        return len(steps) * each + evaluation * sum(is_evaluated(n, self.training) for n in steps)
+
     def allows_two(self, step: int, save_seconds: float) -> bool:
         """Tells whether the two steps after `step`, their evaluations and a save will be done in
         time."""
         slow = sorted(self.steps)[-2]  # one that compiles, or in which a laptop slept, is no guide
-        evaluation = self.evaluation
-        if evaluation is None:  # a step is three times the work of a forward pass
-            evaluation = slow * self.training.eval_windows / self.training.windows_per_step / 3
-        evaluations = sum(is_evaluated(step + n, self.training) for n in (1, 2))
-        seconds = 2 * slow + evaluations * evaluation + save_seconds
+        seconds = self.seconds(range(step + 1, step + 3), each=slow) + save_seconds
         return time.monotonic() + seconds <= self.deadline
+
+    def left(self, step: int) -> float:
+        """Returns the seconds of all steps after `step`."""
+        each = sum(self.steps) / len(self.steps)
+        return self.seconds(range(step + 1, self.training.max_steps + 1), each)
 
 
 # --- Run up ---

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from config import InputError
@@ -97,9 +96,11 @@ class Log:
         self.metrics, self.plot, self.track = metrics, directory / PLOT, track
         self.device, self.flops = device, flops
         self.peak = peak_flops(device) if dtype != torch.float32 else None
-        self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
+        self.first_step, self.start = step, time.monotonic()
         self.bar = progress_bar(total=max_steps, initial=step, unit="step")
         self.drawing = ThreadPoolExecutor(1)  # the GPU does not wait for a plot
+        # Whole before that thread draws: a tracker looks into it for what it could send.
+        self._attempt(import_module, "matplotlib.figure")
 
     def __enter__(self) -> "Log":
         return self
@@ -122,6 +123,11 @@ class Log:
         if "val_loss" in entry:
             self.drawing.submit(self._attempt, draw_loss_plot, [*self.metrics], self.plot)
 
+    def show_left(self, seconds: float) -> None:
+        """Says how long the rest of the run will take."""
+        left, speed = timedelta(seconds=round(seconds)), self.metrics[-1]["tokens_per_second"]
+        self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
+
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         """Adds the first 60 tokens of a story, generated from nothing, to an entry."""
         self._attempt(self._add_sample, entry, model, seed)
@@ -141,11 +147,6 @@ class Log:
                 shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        if step == self.first_step + 20 < self.max_steps:  # the speed has settled
-            recent = self.metrics[-10:]
-            seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
-            left = timedelta(seconds=round(seconds * (self.max_steps - step)))
-            self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
         if "val_loss" in entry:
             losses = f"val_loss {entry['val_loss']:.4f}"
             if step > 0:

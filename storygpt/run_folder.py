@@ -135,8 +135,8 @@ class RunFolder:
         locked = self.guard.is_locked  # else the folder is another run's
         self.guard.release()
         with suppress(OSError):
-            if locked and self.made and os.listdir(self.directory) == [".lock"]:
-                (self.directory / ".lock").unlink()
+            if locked and self.made and {*os.listdir(self.directory)} <= {".lock"}:
+                (self.directory / ".lock").unlink(missing_ok=True)  # Windows has none any more
                 for path in self.made:
                     path.rmdir()
 
@@ -286,7 +286,7 @@ class RunFolder:
     def _write(self) -> InputError | None:
         """Tries to save what is not saved yet; returns what that failed for."""
         began = time.monotonic()
-        with suppress(OSError), open(self.metrics, "rb") as file:
+        with suppress(OSError), open(self.metrics, "r+b") as file:
             os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
         with beside_training(self.device):
             self.unsaved = copied(self.unsaved, Tensor.cpu, {})

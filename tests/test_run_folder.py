@@ -350,3 +350,7 @@ def test_a_refused_second_start_leaves_the_folder_that_the_first_has_made(tmp_pa
     assert (tmp_path / "new" / "run" / ".lock").exists()
     first.close()
     assert not (tmp_path / "new").exists()
+    first.lock()
+    (tmp_path / "new" / "run" / ".lock").unlink()  # as Windows does when it unlocks
+    first.close()
+    assert not (tmp_path / "new").exists()
