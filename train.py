@@ -184,12 +184,12 @@ def train(run: Run, state: TrainState) -> int:
                 log.add_sample(entry, state.model, training.seed)
             folder.append(entry)
             names = names_due(state, training)
-            folder.keep_up()
-            failing = folder.saving.failing_for(60 * training.save_minutes)
+            failing = folder.keep_up(training.save_minutes)
             late = began - last_save >= 60 * training.save_minutes
             if names or stop or signals.save or failing or late:
-                if not evaluated:
-                    check_new_weights(run, state, entry)
+                if not evaluated:  # train_loss is of the weights before this step
+                    glance = validate(run, state.model, training.batch_size, alone=True)
+                    state.stop_if_diverged(entry | {"val_loss": glance}, directory, training)
                 signals.save.clear()
                 save(run, state, [*names, LATEST])
                 last_save = began
@@ -198,7 +198,9 @@ def train(run: Run, state: TrainState) -> int:
 
             # --- Log ---
             log.add(entry)
-            pace.add(seconds, evaluation=time.monotonic() - began - seconds if evaluated else None)
+            pace.steps.append(seconds)
+            if evaluated:
+                pace.evaluation = time.monotonic() - began - seconds
             if state.step == log.first_step + 20 < training.max_steps:  # the speed has settled
                 log.show_left(pace.left(state.step))
         finished = state.step == training.max_steps
@@ -281,21 +283,11 @@ def validate(run: Run, model: nn.Module, num_windows: int, alone: bool = False) 
     return estimate_loss(
         model,
         run.val_tokens,
-        context_length=run.arguments.gpt.context_length,
         batch_size=run.facts.micro_batch,
         num_windows=num_windows,
-        device=run.device,
         dtype=run.dtype,
         processes=None if alone else run.processes,
     )
-
-
-def check_new_weights(run: Run, state: TrainState, entry: dict) -> None:
-    """Raises InputError where a step without an evaluation has ruined the weights, before they are
-    saved: its train_loss is of those before it."""
-    arguments, training = run.arguments, run.arguments.training
-    glance = {"val_loss": validate(run, state.model, training.batch_size, alone=True)}
-    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, training)
 
 
 def evaluate_start(run: Run, state: TrainState, model: nn.Module, log: Log | None) -> None:
@@ -387,15 +379,11 @@ class Pace:
         so_far = time.monotonic() - cli.STARTED  # run up stands in for the first steps
         self.training, self.deadline = training, deadline
         self.steps = deque([so_far, so_far], maxlen=10)
+        """Seconds of the latest steps."""
         self.evaluation: float | None = None
+        """Seconds of the last evaluation, if there was one."""
         # A step is three times the work of a forward pass.
         self.evaluation_in_steps = eval_windows / training.windows_per_step / 3
-
-    def add(self, step: float, evaluation: float | None) -> None:
-        """Notes the seconds of a step, and of its evaluation if it had one."""
-        self.steps.append(step)
-        if evaluation is not None:
-            self.evaluation = evaluation
 
     def seconds(self, steps: range, each: float) -> float:
         """Returns the seconds of `steps`, which take `each`, with their evaluations."""

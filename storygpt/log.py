@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -74,11 +75,17 @@ def start_tracker(
     return track
 
 
-class Log:
-    """Shows a run while it trains: bar, plot, samples, tracker.
+@contextmanager
+def only_shown() -> Iterator[None]:
+    """Has what only decorates a run fail with a warning: it must never end one."""
+    try:
+        yield
+    except Exception as error:
+        print(f"could not show the run: {one_line(error)}", file=sys.stderr)
 
-    What only decorates must never end a run: a failure costs a warning.
-    """
+
+class Log:
+    """Shows a run while it trains: bar, plot, samples, tracker."""
 
     def __init__(
         self,
@@ -100,28 +107,26 @@ class Log:
         self.bar = progress_bar(total=max_steps, initial=step, unit="step")
         self.drawing = ThreadPoolExecutor(1)  # the GPU does not wait for a plot
         # Whole before that thread draws: a tracker looks into it for what it could send.
-        self._attempt(import_module, "matplotlib.figure")
+        with only_shown():
+            import_module("matplotlib.figure")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        self._attempt(self.bar.close)
+        with only_shown():
+            self.bar.close()
         self.drawing.shutdown()
-
-    def _attempt(self, show: Callable, *arguments) -> None:
-        try:
-            show(*arguments)
-        except Exception as error:
-            print(f"could not show the run: {one_line(error)}", file=sys.stderr)
 
     def add(self, entry: dict) -> None:
         """Shows an entry of metrics.jsonl."""
         self.metrics.append(entry)
-        self._attempt(self._show, entry)
-        self._attempt(self.track, entry)
+        with only_shown():
+            self._show(entry)
+        with only_shown():
+            self.track(entry)
         if "val_loss" in entry:
-            self.drawing.submit(self._attempt, draw_loss_plot, [*self.metrics], self.plot)
+            self.drawing.submit(only_shown()(draw_loss_plot), [*self.metrics], self.plot)
 
     def show_left(self, seconds: float) -> None:
         """Says how long the rest of the run will take."""
@@ -130,12 +135,10 @@ class Log:
 
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         """Adds the first 60 tokens of a story, generated from nothing, to an entry."""
-        self._attempt(self._add_sample, entry, model, seed)
-
-    def _add_sample(self, entry: dict, model: GPT, seed: int) -> None:
-        settings = GenerationSettings(max_new_tokens=60)
-        ((story, _),) = generate_stories(model, "", [seed], settings)
-        entry["sample"] = " ".join(story.split())
+        with only_shown():
+            settings = GenerationSettings(max_new_tokens=60)
+            ((story, _),) = generate_stories(model, "", [seed], settings)
+            entry["sample"] = " ".join(story.split())
 
     def _show(self, entry: dict) -> None:
         step = entry["step"]

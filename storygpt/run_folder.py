@@ -71,10 +71,6 @@ class Retry:
     def due(self) -> bool:
         return time.monotonic() >= self.next
 
-    def failing_for(self, seconds: float) -> bool:
-        """Tells whether nothing could be written for `seconds`."""
-        return time.monotonic() >= self.since + seconds
-
     def note(self, error: InputError | None) -> None:
         """Takes note of how an attempt went, and says a line where it failed."""
         now = time.monotonic()
@@ -249,12 +245,14 @@ class RunFolder:
             self.unsaved[name] = states[name]
         self._start_attempt()
 
-    def keep_up(self) -> None:
-        """Notices a save that has failed, and tries again when that is due."""
+    def keep_up(self, minutes: float) -> bool:
+        """Notices a save that has failed, and tries again when that is due; tells whether nothing
+        could be saved for `minutes`."""
         if self.attempt and self.attempt.done():
             self.saving.note(self._end_attempt())
         elif not self.attempt and self.unsaved and self.saving.due:
             self._start_attempt()
+        return time.monotonic() >= self.saving.since + 60 * minutes
 
     def wait(self, minutes: float = 0) -> None:
         """Waits until all is on disk; where that fails, tries again for `minutes`, once at least.
