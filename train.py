@@ -103,7 +103,8 @@ class Plan(NamedTuple):
 
 def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
-    first, processes = cli.parse_first(FirstFlags), Processes()
+    first, _ = cli.parse_flags(FirstFlags, return_unknown_args=True, add_help=False)
+    processes = Processes()
     folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
     training = micro_batch = None
     try:
@@ -387,9 +388,8 @@ class Pace:
 
     def seconds(self, steps: range, each: float) -> float:
         """Returns the seconds of `steps`, which take `each`, with their evaluations."""
-        evaluation = self.evaluation
-        if evaluation is None:
-            evaluation = each * self.evaluation_in_steps
+        guess = each * self.evaluation_in_steps
+        evaluation = guess if self.evaluation is None else self.evaluation
         return len(steps) * each + evaluation * sum(is_evaluated(n, self.training) for n in steps)
 
     def allows_two(self, step: int, save_seconds: float) -> bool:

@@ -50,12 +50,6 @@ def parse_flags(arguments: type, default=None, **options):
     return tyro.cli(arguments, default=default, use_underscores=True, config=config, **options)
 
 
-def parse_first(arguments: type):
-    """Returns the flags of `arguments` alone: those on which the defaults of the others depend."""
-    found, _ = parse_flags(arguments, return_unknown_args=True, add_help=False)
-    return found
-
-
 def progress_bar(leave: bool = True, **options):
     """Makes a tqdm bar that redraws itself in a terminal, but rarely where a log keeps it all.
 

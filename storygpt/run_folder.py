@@ -158,13 +158,10 @@ class RunFolder:
         # save may have left weights.
         if latest["step"] == 0 and not any((self.directory / name).exists() for name in weights):
             return None
-        finished = latest["step"] == latest["training_config"].max_steps
-        what, how = "a run", "continue it with --resume, or "
-        if finished:
-            what, how = "a finished run", ""
-        raise InputError(
-            f"{self.directory} already holds {what}: {how}pass another --checkpoint_dir"
-        )
+        what = "a run: continue it with --resume, or"
+        if latest["step"] == latest["training_config"].max_steps:
+            what = "a finished run:"
+        raise InputError(f"{self.directory} already holds {what} pass another --checkpoint_dir")
 
     def _load_latest(self) -> dict:
         """Returns what was saved to go on from. Raises InputError where it cannot be read."""
