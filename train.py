@@ -339,16 +339,16 @@ def begin(run: Run, state: TrainState) -> Log:
 
 
 def last_words(run: Run, state: TrainState, log: Log) -> str:
-    """Says what the run has left, or how it goes on."""
+    """Says what the run has left, or how it goes on, from whatever folder."""
     arguments = run.arguments
     if state.step == arguments.training.max_steps:
         return words_when_done(arguments.checkpoint_dir, state.best_val_loss, log.speed())
-    return log.stopped(
-        script=Path(__file__),
-        launcher=run.processes.launcher,
-        data_dir=arguments.data_dir,
-        tracker=arguments.tracker,
-    )
+    flags = {name: getattr(arguments, name).resolve() for name in ("data_dir", "checkpoint_dir")}
+    if arguments.tracker != "none":
+        flags["tracker"] = arguments.tracker
+    script = str(Path(__file__).resolve())
+    command = cli.command_line(script, run.processes.launcher, resume=True, **flags)
+    return f"stopped after step {state.step:,} ({log.speed()}); continue with: {command}"
 
 
 def banner(run: Run, model: GPT) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from config import InputError
 from model import GPT
-from storygpt.cli import command_line, one_line, printable, progress_bar
+from storygpt.cli import one_line, printable, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.files import BEST, FINAL, PLOT
 from storygpt.generation import GenerationSettings, generate_stories
@@ -157,15 +157,6 @@ class Log:
             self.bar.write(
                 f"step {step:,}: {losses}\n    {printable(entry.get('sample', ''))}".rstrip()
             )
-
-    def stopped(self, script: Path, launcher: str, data_dir: Path, tracker: str) -> str:
-        """Says how a run that has more steps to make goes on, from whatever folder."""
-        flags = {"data_dir": data_dir.resolve(), "checkpoint_dir": self.plot.parent.resolve()}
-        if tracker != "none":
-            flags["tracker"] = tracker
-        command = command_line(str(script.resolve()), launcher, resume=True, **flags)
-        step = self.metrics[-1]["step"] if self.metrics else 0
-        return f"stopped after step {step:,} ({self.speed()}); continue with: {command}"
 
     def speed(self) -> str:
         """Says how fast the steps of this sitting were made."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -59,13 +59,13 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
     return True
 
 
+@dataclass
 class Retry:
     """When to try again what could not be written: at the next step, and then every minute."""
 
-    def __init__(self):
-        self.since = math.inf
-        """When the first of the failures in a row was."""
-        self.next = -math.inf
+    since: float = math.inf
+    """When the first of the failures in a row was."""
+    next: float = -math.inf
 
     @property
     def due(self) -> bool:

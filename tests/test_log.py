@@ -111,8 +111,7 @@ def test_a_tracker_that_is_not_whole_is_named(files, says, without_wandb, tmp_pa
     assert ("--force-reinstall" in str(raised.value)) == ("__init__" in next(iter(files)))
 
 
-@pytest.mark.parametrize("status", [0, 130])
-def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys):
+def test_the_last_words_tell_the_speed_of_this_sitting(tmp_path, capsys):
     """Of a run resumed at step 10: what was done before counts neither as tokens nor as time."""
     before = entries(10)
     log = Log(before, 10, 90, tmp_path, lambda entry: None, 1.0, torch.device("cpu"), torch.float32)
@@ -121,14 +120,9 @@ def test_the_last_words_tell_the_speed_of_this_sitting(status, tmp_path, capsys)
             log.add(entry)
         log.show_left(120)
         log.start = time.monotonic() - 10
-        how = {"script": Path("train.py"), "launcher": "python", "tracker": "none"}
-        if status:
-            said = log.stopped(data_dir=tmp_path / "data", **how)
-        else:
-            said = words_when_done(tmp_path, best_val_loss=2.0, speed=log.speed())
+        said = words_when_done(tmp_path, best_val_loss=2.0, speed=log.speed())
     assert "2,000 tokens/s with saves and evaluations" in said
-    assert (f"python {ROOT}/train.py --resume --data_dir {tmp_path}/data" in said) == (status != 0)
-    assert ("best val_loss 2.0000" in said) == (status == 0)
+    assert "best val_loss 2.0000" in said
     assert (tmp_path / "loss_plot.png").exists()
     assert log.bar.n == 30 and "about 0:02:00 to go at 500 tokens/s" in capsys.readouterr().out
 
