@@ -1,12 +1,8 @@
 """What the scripts share: flags out of dataclasses, and mistakes answered in one sentence.
 
 Torch takes seconds to load, and a Ctrl-C in the middle of that would end in a traceback from within
-it. So a script that is run (not one that is imported) begins with these lines, above its imports:
-
-    from storygpt import cli
-
-    if __name__ == "__main__":
-        cli.end_quietly_on_interrupt()
+it. So a script that is run, not one that is imported, calls `end_quietly_on_interrupt` above its
+other imports.
 """
 
 import contextlib

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -84,7 +84,7 @@ def only_shown() -> Iterator[None]:
         print(f"could not show the run: {one_line(error)}", file=sys.stderr)
 
 
-class Log:
+class Log(AbstractContextManager):
     """Shows a run while it trains: bar, plot, samples, tracker."""
 
     def __init__(
@@ -109,9 +109,6 @@ class Log:
         # Whole before that thread draws: a tracker looks into it for what it could send.
         with only_shown():
             import_module("matplotlib.figure")
-
-    def __enter__(self) -> "Log":
-        return self
 
     def __exit__(self, *_) -> None:
         with only_shown():
