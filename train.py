@@ -103,7 +103,8 @@ class Plan(NamedTuple):
 
 def main() -> None:
     cli.never_stop_for_output()  # a closed pipe or a full disk costs what is printed, not the run
-    first, processes = cli.parse_first(FirstFlags), Processes()
+    first, _ = cli.parse_flags(FirstFlags, return_unknown_args=True, add_help=False)
+    processes = Processes()
     folder = RunFolder(first.checkpoint_dir) if processes.is_main else None
     training = micro_batch = None
     try:
@@ -151,7 +152,9 @@ def train(run: Run, state: TrainState) -> int:
     if run.facts.record["init_from"] and state.step == 0:
         evaluate_start(run, state, compiled, log)
 
-    pace = Pace(training, deadline=cli.STARTED + 3600 * (arguments.max_hours or math.inf))
+    windows = min(training.eval_windows, len(run.val_tokens) // arguments.gpt.context_length)
+    deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
+    pace = Pace(training, eval_windows=windows, deadline=deadline)
     last_save = time.monotonic()
     stop = None
     with log or nullcontext():
@@ -182,12 +185,12 @@ def train(run: Run, state: TrainState) -> int:
                 log.add_sample(entry, state.model, training.seed)
             folder.append(entry)
             names = names_due(state, training)
-            folder.keep_up()
-            failing = folder.saving.failing_for(60 * training.save_minutes)
+            failing = folder.keep_up(training.save_minutes)
             late = began - last_save >= 60 * training.save_minutes
             if names or stop or signals.save or failing or late:
-                if not evaluated:
-                    check_new_weights(run, state, entry)
+                if not evaluated:  # train_loss is of the weights before this step
+                    glance = validate(run, state.model, training.batch_size, alone=True)
+                    state.stop_if_diverged(entry | {"val_loss": glance}, directory, training)
                 signals.save.clear()
                 save(run, state, [*names, LATEST])
                 last_save = began
@@ -196,7 +199,11 @@ def train(run: Run, state: TrainState) -> int:
 
             # --- Log ---
             log.add(entry)
-            pace.add(seconds, evaluation=time.monotonic() - began - seconds if evaluated else None)
+            pace.steps.append(seconds)
+            if evaluated:
+                pace.evaluation = time.monotonic() - began - seconds
+            if state.step == log.first_step + 20 < training.max_steps:  # the speed has settled
+                log.show_left(pace.left(state.step))
         finished = state.step == training.max_steps
         if processes.is_main:
             folder.wait(training.save_minutes if finished else 0)  # what goes on in the background
@@ -277,21 +284,11 @@ def validate(run: Run, model: nn.Module, num_windows: int, alone: bool = False) 
     return estimate_loss(
         model,
         run.val_tokens,
-        context_length=run.arguments.gpt.context_length,
         batch_size=run.facts.micro_batch,
         num_windows=num_windows,
-        device=run.device,
         dtype=run.dtype,
         processes=None if alone else run.processes,
     )
-
-
-def check_new_weights(run: Run, state: TrainState, entry: dict) -> None:
-    """Raises InputError where a step without an evaluation has ruined the weights, before they are
-    saved: its train_loss is of those before it."""
-    arguments, training = run.arguments, run.arguments.training
-    glance = {"val_loss": validate(run, state.model, training.batch_size, alone=True)}
-    state.stop_if_diverged(entry | glance, arguments.checkpoint_dir, training)
 
 
 def evaluate_start(run: Run, state: TrainState, model: nn.Module, log: Log | None) -> None:
@@ -342,16 +339,16 @@ def begin(run: Run, state: TrainState) -> Log:
 
 
 def last_words(run: Run, state: TrainState, log: Log) -> str:
-    """Says what the run has left, or how it goes on."""
+    """Says what the run has left, or how it goes on, from whatever folder."""
     arguments = run.arguments
     if state.step == arguments.training.max_steps:
         return words_when_done(arguments.checkpoint_dir, state.best_val_loss, log.speed())
-    return log.stopped(
-        script=Path(__file__),
-        launcher=run.processes.launcher,
-        data_dir=arguments.data_dir,
-        tracker=arguments.tracker,
-    )
+    flags = {name: getattr(arguments, name).resolve() for name in ("data_dir", "checkpoint_dir")}
+    if arguments.tracker != "none":
+        flags["tracker"] = arguments.tracker
+    script = str(Path(__file__).resolve())
+    command = cli.command_line(script, run.processes.launcher, resume=True, **flags)
+    return f"stopped after step {state.step:,} ({log.speed()}); continue with: {command}"
 
 
 def banner(run: Run, model: GPT) -> str:
@@ -378,28 +375,34 @@ def save(run: Run, state: TrainState, names: list[str]) -> None:
 class Pace:
     """How long steps take, and evaluations with what comes with them: by the latest ones."""
 
-    def __init__(self, training: TrainingConfig, deadline: float):
+    def __init__(self, training: TrainingConfig, eval_windows: int, deadline: float):
+        """`eval_windows` are those that an evaluation has, `deadline` is of time.monotonic()."""
         so_far = time.monotonic() - cli.STARTED  # run up stands in for the first steps
         self.training, self.deadline = training, deadline
         self.steps = deque([so_far, so_far], maxlen=10)
+        """Seconds of the latest steps."""
         self.evaluation: float | None = None
+        """Seconds of the last evaluation, if there was one."""
+        # A step is three times the work of a forward pass.
+        self.evaluation_in_steps = eval_windows / training.windows_per_step / 3
 
-    def add(self, step: float, evaluation: float | None) -> None:
-        """Notes the seconds of a step, and of its evaluation if it had one."""
-        self.steps.append(step)
-        if evaluation is not None:
-            self.evaluation = evaluation
+    def seconds(self, steps: range, each: float) -> float:
+        """Returns the seconds of `steps`, which take `each`, with their evaluations."""
+        guess = each * self.evaluation_in_steps
+        evaluation = guess if self.evaluation is None else self.evaluation
+        return len(steps) * each + evaluation * sum(is_evaluated(n, self.training) for n in steps)
 
     def allows_two(self, step: int, save_seconds: float) -> bool:
         """Tells whether the two steps after `step`, their evaluations and a save will be done in
         time."""
         slow = sorted(self.steps)[-2]  # one that compiles, or in which a laptop slept, is no guide
-        evaluation = self.evaluation
-        if evaluation is None:  # a step is three times the work of a forward pass
-            evaluation = slow * self.training.eval_windows / self.training.windows_per_step / 3
-        evaluations = sum(is_evaluated(step + n, self.training) for n in (1, 2))
-        seconds = 2 * slow + evaluations * evaluation + save_seconds
+        seconds = self.seconds(range(step + 1, step + 3), each=slow) + save_seconds
         return time.monotonic() + seconds <= self.deadline
+
+    def left(self, step: int) -> float:
+        """Returns the seconds of all steps after `step`."""
+        each = sum(self.steps) / len(self.steps)
+        return self.seconds(range(step + 1, self.training.max_steps + 1), each)
 
 
 # --- Run up ---

@@ -1,12 +1,8 @@
 """What the scripts share: flags out of dataclasses, and mistakes answered in one sentence.
 
 Torch takes seconds to load, and a Ctrl-C in the middle of that would end in a traceback from within
-it. So a script that is run (not one that is imported) begins with these lines, above its imports:
-
-    from storygpt import cli
-
-    if __name__ == "__main__":
-        cli.end_quietly_on_interrupt()
+it. So a script that is run, not one that is imported, calls `end_quietly_on_interrupt` above its
+other imports.
 """
 
 import contextlib
@@ -14,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -47,12 +44,6 @@ def parse_flags(arguments: type, default=None, **options):
 
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     return tyro.cli(arguments, default=default, use_underscores=True, config=config, **options)
-
-
-def parse_first(arguments: type):
-    """Returns the flags of `arguments` alone: those on which the defaults of the others depend."""
-    found, _ = parse_flags(arguments, return_unknown_args=True, add_help=False)
-    return found
 
 
 def usable_cpus() -> int:
@@ -91,17 +82,24 @@ def one_line(error: Exception) -> str:
     return shorten(" ".join(str(error).split())) or type(error).__name__
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an exception says: torch adds others of its own."""
+    return str(error).strip().partition("\n")[0]
+
+
 def printable(text: str) -> str:
     """Returns text without the characters by which it could give orders to a terminal."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def command_line(script: str, launcher: str = "python", **flags) -> str:
-    """Writes `python SCRIPT --flag value ...` as a shell takes it."""
+    """Writes `python SCRIPT --flag value ...` as a shell takes it; Windows' knows no single
+    quotes."""
     words = [script]
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return f"{launcher} {shlex.join(words)}"
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"{launcher} {join(words)}"
 
 
 class OwnMistake(InputError):
@@ -112,7 +110,7 @@ class Signals(NamedTuple):
     """The signals that have come, by what they ask for."""
 
     stop: list[int]
-    """Ctrl-C, SIGTERM or SIGHUP: to save and end."""
+    """Ctrl-C, SIGTERM, SIGHUP or Windows' Ctrl-Break: to save and end."""
     save: list[int]
     """SIGUSR1: to save and go on."""
 
@@ -131,10 +129,10 @@ def listen_for_signals(launched: bool) -> Signals:
         if number == signal.SIGINT and not launched:
             signal.signal(number, signal.SIG_DFL)
 
-    handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), request_stop)
+    handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"), request_stop)
     handlers["SIGUSR1"] = lambda number, frame: signals.save.append(number)
     for name, handler in handlers.items():
-        number = getattr(signal, name, None)  # Windows has not all of them
+        number = getattr(signal, name, None)  # no system has all of them
         if number and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
     return signals
@@ -215,6 +213,11 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             fail("there is not enough memory for this: pass smaller numbers")
+        if re.match("(CUDA|HIP) error: ", str(error)):
+            fail(
+                f"the GPU has failed ({first_line(error)}): another program may have it, which "
+                "nvidia-smi shows; then do the same again, a run with --resume"
+            )
         raise
 
 

@@ -77,6 +77,11 @@ def check_driver() -> None:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return
+    if dead := re.search("Failed to initialize NVML: (.+)", answer.stdout + answer.stderr):
+        raise InputError(
+            f"there is a GPU here whose driver does not answer ({dead[1].strip()}): start the "
+            "machine, or its container, again; or pass --device cpu to do without"
+        )
     found = re.match(r"((\d+)[.\d]*), (.+)", answer.stdout)
     if not found:
         return

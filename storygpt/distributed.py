@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
-from storygpt.cli import OwnMistake, warn
+from storygpt.cli import OwnMistake, first_line, warn
 
 Stop = Literal["signal", "time"]  # what a run is stopped for before its last step
 
@@ -132,8 +132,9 @@ class Processes:
             store, _, _ = next(dist.rendezvous("env://"))
         except (RuntimeError, ValueError) as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            reason = str(error).strip().splitlines()[0]
-            raise OwnMistake(f"the processes did not meet at {place}: {reason}") from error
+            raise OwnMistake(
+                f"the processes did not meet at {place}: {first_line(error)}"
+            ) from error
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The launcher's store outlives a restart: the addresses in it are of dead workers.
             return dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -223,7 +224,7 @@ class Processes:
         except (RuntimeError, ValueError) as error:
             if "by peer" in str(error):
                 raise
-            reason = f"{device}: {str(error).strip().splitlines()[0]}"
+            reason = f"{device}: {first_line(error)}"
             raise OwnMistake(f"{backend.upper()} could not start on {reason}; {hint}") from error
 
     def from_main(self, value, device: torch.device):

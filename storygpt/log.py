@@ -2,20 +2,20 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from config import InputError
 from model import GPT
-from storygpt.cli import command_line, one_line, printable, progress_bar
+from storygpt.cli import one_line, printable, progress_bar
 from storygpt.device import peak_flops, peak_memory
 from storygpt.files import BEST, FINAL, PLOT
 from storygpt.generation import GenerationSettings, generate_stories
@@ -75,11 +75,17 @@ def start_tracker(
     return track
 
 
-class Log:
-    """Shows a run while it trains: bar, plot, samples, tracker.
+@contextmanager
+def only_shown() -> Iterator[None]:
+    """Has what only decorates a run fail with a warning: it must never end one."""
+    try:
+        yield
+    except Exception as error:
+        print(f"could not show the run: {one_line(error)}", file=sys.stderr)
 
-    What only decorates must never end a run: a failure costs a warning.
-    """
+
+class Log(AbstractContextManager):
+    """Shows a run while it trains: bar, plot, samples, tracker."""
 
     def __init__(
         self,
@@ -97,39 +103,40 @@ class Log:
         self.metrics, self.plot, self.track = metrics, directory / PLOT, track
         self.device, self.flops = device, flops
         self.peak = peak_flops(device) if dtype != torch.float32 else None
-        self.first_step, self.max_steps, self.start = step, max_steps, time.monotonic()
+        self.first_step, self.start = step, time.monotonic()
         self.bar = progress_bar(total=max_steps, initial=step, unit="step")
         self.drawing = ThreadPoolExecutor(1)  # the GPU does not wait for a plot
-
-    def __enter__(self) -> "Log":
-        return self
+        # Whole before that thread draws: a tracker looks into it for what it could send.
+        with only_shown():
+            import_module("matplotlib.figure")
 
     def __exit__(self, *_) -> None:
-        self._attempt(self.bar.close)
+        with only_shown():
+            self.bar.close()
         self.drawing.shutdown()
-
-    def _attempt(self, show: Callable, *arguments) -> None:
-        try:
-            show(*arguments)
-        except Exception as error:
-            print(f"could not show the run: {one_line(error)}", file=sys.stderr)
 
     def add(self, entry: dict) -> None:
         """Shows an entry of metrics.jsonl."""
         self.metrics.append(entry)
-        self._attempt(self._show, entry)
-        self._attempt(self.track, entry)
+        with only_shown():
+            self._show(entry)
+        with only_shown():
+            self.track(entry)
         if "val_loss" in entry:
-            self.drawing.submit(self._attempt, draw_loss_plot, [*self.metrics], self.plot)
+            self.drawing.submit(only_shown()(draw_loss_plot), [*self.metrics], self.plot)
+
+    def show_left(self, seconds: float) -> None:
+        """Says how long the rest of the run will take."""
+        with only_shown():
+            left, speed = timedelta(seconds=round(seconds)), self.metrics[-1]["tokens_per_second"]
+            self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
 
     def add_sample(self, entry: dict, model: GPT, seed: int) -> None:
         """Adds the first 60 tokens of a story, generated from nothing, to an entry."""
-        self._attempt(self._add_sample, entry, model, seed)
-
-    def _add_sample(self, entry: dict, model: GPT, seed: int) -> None:
-        settings = GenerationSettings(max_new_tokens=60)
-        (story,) = generate_stories(model, "", [seed], settings)
-        entry["sample"] = " ".join(story.split())
+        with only_shown():
+            settings = GenerationSettings(max_new_tokens=60)
+            (story,) = generate_stories(model, "", [seed], settings)
+            entry["sample"] = " ".join(story.split())
 
     def _show(self, entry: dict) -> None:
         step = entry["step"]
@@ -141,11 +148,6 @@ class Log:
                 shown["MFU"] = f"{self.flops * speed / self.peak:.1%}"
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        if step == self.first_step + 20 < self.max_steps:  # the speed has settled
-            recent = self.metrics[-10:]
-            seconds = np.mean([e["tokens"] / e["step"] / e["tokens_per_second"] for e in recent])
-            left = timedelta(seconds=round(seconds * (self.max_steps - step)))
-            self.bar.write(f"about {left} to go at {speed:,.0f} tokens/s{self._in_memory()}")
         if "val_loss" in entry:
             losses = f"val_loss {entry['val_loss']:.4f}"
             if step > 0:
@@ -153,15 +155,6 @@ class Log:
             self.bar.write(
                 f"step {step:,}: {losses}\n    {printable(entry.get('sample', ''))}".rstrip()
             )
-
-    def stopped(self, script: Path, launcher: str, data_dir: Path, tracker: str) -> str:
-        """Says how a run that has more steps to make goes on, from whatever folder."""
-        flags = {"data_dir": data_dir.resolve(), "checkpoint_dir": self.plot.parent.resolve()}
-        if tracker != "none":
-            flags["tracker"] = tracker
-        command = command_line(str(script.resolve()), launcher, resume=True, **flags)
-        step = self.metrics[-1]["step"] if self.metrics else 0
-        return f"stopped after step {step:,} ({self.speed()}); continue with: {command}"
 
     def speed(self) -> str:
         """Says how fast the steps of this sitting were made."""

@@ -17,10 +17,9 @@ from storygpt.distributed import Processes
 def estimate_loss(
     model: nn.Module,
     tokens: np.ndarray,
-    context_length: int,
+    *,
     batch_size: int,
     num_windows: int,
-    device: torch.device,
     dtype: torch.dtype,
     processes: Processes | None = None,
 ) -> float:
@@ -28,12 +27,13 @@ def estimate_loss(
 
     The same windows every time; of several `processes` each takes its share of them.
     """
+    plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled for each shape
+    device, context_length = plain.wte.weight.device, plain.config.context_length
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     starts = validation_starts(tokens, context_length, num_windows)
     losses, sizes = [torch.zeros((), device=device)], [0]  # there may be none for this process
     was_training = model.training
     model.eval()
-    plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled for each shape
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = cut_windows(tokens, starts[first : first + batch_size], context_length)
         with autocast(device, dtype):

@@ -70,10 +70,10 @@ def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Opt
     Muon's updates are scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), so
     that both follow the same learning rate.
     """
-    groups, muon = parameter_groups(model, config.weight_decay), []
+    groups = parameter_groups(model, config.weight_decay)
     match config.optimizer:
         case "adamw":
-            pass
+            muon = []
         case "muon":
             matrices = groups.pop(0)
             muon = [Muon([matrices], config.learning_rate, adjust_lr_fn="match_rms_adamw")]

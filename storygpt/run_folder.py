@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -59,21 +59,17 @@ def goes_on(resumed: dict, gpt: GPTConfig, training: TrainingConfig, origin: dic
     return True
 
 
+@dataclass
 class Retry:
     """When to try again what could not be written: at the next step, and then every minute."""
 
-    def __init__(self):
-        self.since = math.inf
-        """When the first of the failures in a row was."""
-        self.next = -math.inf
+    since: float = math.inf
+    """When the first of the failures in a row was."""
+    next: float = -math.inf
 
     @property
     def due(self) -> bool:
         return time.monotonic() >= self.next
-
-    def failing_for(self, seconds: float) -> bool:
-        """Tells whether nothing could be written for `seconds`."""
-        return time.monotonic() >= self.since + seconds
 
     def note(self, error: InputError | None) -> None:
         """Takes note of how an attempt went, and says a line where it failed."""
@@ -135,8 +131,8 @@ class RunFolder:
         locked = self.guard.is_locked  # else the folder is another run's
         self.guard.release()
         with suppress(OSError):
-            if locked and self.made and os.listdir(self.directory) == [".lock"]:
-                (self.directory / ".lock").unlink()
+            if locked and self.made and {*os.listdir(self.directory)} <= {".lock"}:
+                (self.directory / ".lock").unlink(missing_ok=True)  # Windows has none any more
                 for path in self.made:
                     path.rmdir()
 
@@ -162,13 +158,10 @@ class RunFolder:
         # save may have left weights.
         if latest["step"] == 0 and not any((self.directory / name).exists() for name in weights):
             return None
-        finished = latest["step"] == latest["training_config"].max_steps
-        what, how = "a run", "continue it with --resume, or "
-        if finished:
-            what, how = "a finished run", ""
-        raise InputError(
-            f"{self.directory} already holds {what}: {how}pass another --checkpoint_dir"
-        )
+        what = "a run: continue it with --resume, or"
+        if latest["step"] == latest["training_config"].max_steps:
+            what = "a finished run:"
+        raise InputError(f"{self.directory} already holds {what} pass another --checkpoint_dir")
 
     def _load_latest(self) -> dict:
         """Returns what was saved to go on from. Raises InputError where it cannot be read."""
@@ -249,12 +242,14 @@ class RunFolder:
             self.unsaved[name] = states[name]
         self._start_attempt()
 
-    def keep_up(self) -> None:
-        """Notices a save that has failed, and tries again when that is due."""
+    def keep_up(self, minutes: float) -> bool:
+        """Notices a save that has failed, and tries again when that is due; tells whether nothing
+        could be saved for `minutes`."""
         if self.attempt and self.attempt.done():
             self.saving.note(self._end_attempt())
         elif not self.attempt and self.unsaved and self.saving.due:
             self._start_attempt()
+        return time.monotonic() >= self.saving.since + 60 * minutes
 
     def wait(self, minutes: float = 0) -> None:
         """Waits until all is on disk; where that fails, tries again for `minutes`, once at least.
@@ -286,7 +281,7 @@ class RunFolder:
     def _write(self) -> InputError | None:
         """Tries to save what is not saved yet; returns what that failed for."""
         began = time.monotonic()
-        with suppress(OSError), open(self.metrics, "rb") as file:
+        with suppress(OSError), open(self.metrics, "r+b") as file:
             os.fsync(file.fileno())  # a checkpoint does not outlive its steps' metrics
         with beside_training(self.device):
             self.unsaved = copied(self.unsaved, Tensor.cpu, {})

@@ -215,7 +215,7 @@ def copy_of_run(run_dir, tmp_path) -> Path:
 def set_up(data_dir, tmp_path, monkeypatch):
     """set_up(*flags) -> what `train.py` trains with, of a new tiny run in tmp_path / "run"."""
     import train
-    from storygpt.cli import parse_first
+    from storygpt.cli import parse_flags
     from storygpt.distributed import Processes
     from storygpt.run_folder import RunFolder
 
@@ -228,7 +228,7 @@ def set_up(data_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *paths, *flags])
         for folder in folders:
             folder.close()
-        first = parse_first(train.FirstFlags)
+        first, _ = parse_flags(train.FirstFlags, return_unknown_args=True, add_help=False)
         processes, folder = Processes(), RunFolder(first.checkpoint_dir)
         folders.append(folder)
         return train.set_up(train.find_run(first, processes, folder), processes, folder)

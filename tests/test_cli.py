@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY, metrics_of, wait_for_step
 
 from storygpt.checkpoint import load_checkpoint
+from storygpt.cli import command_line
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
@@ -34,6 +35,7 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
         ("raise MemoryError", 1, "error: there is not enough memory"),
         ("raise RuntimeError('CUDA error: out of memory')", 1, "error: there is not enough memory"),
         ("raise RuntimeError('CUBLAS_STATUS_ALLOC_FAILED')", 1, "error: there is not enough"),
+        ("raise RuntimeError('CUDA error: busy\\nmore')", 1, "error: the GPU has failed (CUDA er"),
         ("[print('x' * 9999) for _ in range(99)]", 1, ""),  # its reader leaves after a line
         ("sys.stdin.read()", 0, ""),
     ],
@@ -81,6 +83,13 @@ def test_printed_commands_work_when_pasted_anywhere(script, data_dir, tmp_path):
     done = script("train.py", *flags, cwd=tmp_path)
     assert done.code == 0, done.output
     assert metrics_of(folder)[-1]["step"] == 60
+
+
+def test_a_command_is_printed_as_windows_shells_take_it(monkeypatch):
+    monkeypatch.setattr("os.name", "nt")
+    command = command_line(r"C:\my train.py", resume=True, data_dir=r"D:\tales")
+    monkeypatch.undo()
+    assert command == r'python "C:\my train.py" --resume --data_dir D:\tales'
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")

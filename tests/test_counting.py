@@ -165,7 +165,7 @@ def test_an_evaluation_waits_for_the_device_once(kind):
     tokens = np.random.default_rng(0).integers(0, 300, 16 * 400 + 1).astype("<u2")
     with Fetches() as fetches:
         if kind == "estimate":
-            estimate_loss(model, tokens, 16, 4, 400, torch.device("cpu"), torch.float32)
+            estimate_loss(model, tokens, batch_size=4, num_windows=400, dtype=torch.float32)
         else:
             exact_loss(model, tokens, 299, 4)
     assert 1 <= fetches.number <= 2

@@ -14,7 +14,7 @@ def test_a_ragged_last_batch_counts_by_its_windows():
     shape = {"vocab_size": 300, "context_length": 16, "n_layer": 1, "n_head": 1, "n_embd": 16}
     model = GPT(GPTConfig(**shape, init_std=0.5)).eval()  # windows of very different losses
     tokens = np.random.default_rng(0).integers(0, 300, 7 * 16 + 1).astype("<u2")
-    loss = estimate_loss(model, tokens, 16, 4, 8, torch.device("cpu"), torch.float32)
+    loss = estimate_loss(model, tokens, batch_size=4, num_windows=8, dtype=torch.float32)
     x, y = (torch.from_numpy(tokens[i:][: 7 * 16].astype(np.int64)).view(7, 16) for i in (0, 1))
     expected = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -27,7 +27,7 @@ def test_an_evaluation_does_not_depend_on_the_micro_batch():
     model = GPT(GPTConfig(**shape, init_std=0.5)).eval()
     tokens = np.random.default_rng(0).integers(0, 300, 40 * 16 + 1).astype("<u2")
     losses = [
-        estimate_loss(model, tokens, 16, size, 10, torch.device("cpu"), torch.float32)
+        estimate_loss(model, tokens, batch_size=size, num_windows=10, dtype=torch.float32)
         for size in (1, 4, 10, 64)
     ]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
@@ -54,9 +54,11 @@ def test_a_ragged_batch_is_not_compiled_for():
         shapes.append([tuple(x.shape) for x in inputs if x.dtype == torch.int64])
         return graph.forward
 
-    where = (torch.device("cpu"), torch.float32)
-    expected = estimate_loss(model, tokens, 16, 4, 7, *where)
+    where = {"dtype": torch.float32}
+    expected = estimate_loss(model, tokens, batch_size=4, num_windows=7, **where)
     speed_up_training(model, torch.device("cpu"))
     compiled = torch.compile(model, dynamic=False, backend=note)
-    assert estimate_loss(compiled, tokens, 16, 4, 7, *where) == pytest.approx(expected, rel=1e-6)
+    assert estimate_loss(compiled, tokens, batch_size=4, num_windows=7, **where) == pytest.approx(
+        expected, rel=1e-6
+    )
     assert len(shapes) == 1 and (4, 16) in shapes[0]
