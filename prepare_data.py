@@ -40,7 +40,7 @@ from storygpt.tokenizer import END_OF_TEXT, load_tokenizer
 
 BATCH = 1_000  # stories a worker encodes at once, unless they have more than
 BATCH_CHARACTERS = 2**20
-ENOUGH_PROCESSES = 16  # more than one can feed with stories
+ENOUGH_PROCESSES = 16  # for more, one process does not read stories fast enough
 MOST_PROCESSES = 61 if sys.platform == "win32" else 1_000  # no more can be waited for on Windows
 NUM_OPENINGS = 5
 RAREST_OPENING = 0.01  # of the stories
@@ -197,7 +197,7 @@ def write_splits(
                 num_bytes=int(encoded.bytes[keep[split]].sum()),
             )
         # a story that is there several times is still one story
-        openings = find_openings(file, encoded, once, tokenizer)
+        openings = find_openings(file, encoded, keep=once, tokenizer=tokenizer)
     return {
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.n_vocab,
@@ -230,9 +230,12 @@ def summarize(
     for note in source.notes:
         print(f"note: {note}")
     if number := tally["separators"]:
-        print(f"note: {number:,} stories hold {END_OF_TEXT} as text: put one story in a row")
+        print(
+            f"note: stories that hold {END_OF_TEXT} as text: {number:,}; take it out, and put one "
+            "story in a row"
+        )
     if counts["train"]["stories"] == 1:
-        print(f"note: train is a single story: put {END_OF_TEXT} between stories")
+        print(f"note: train is a single story: in a .txt put {END_OF_TEXT} between stories")
     if counts["validation"]["stories"] == 1 and "validation" in source.splits:
         print("note: validation is a single story: its loss will say little")
     if source.left_out:
@@ -277,7 +280,12 @@ def follow_parent() -> None:
 
 
 def submit(pool: Executor, function: Callable, *arguments) -> Future:
-    """Gives the pool some work, for which it starts one more process unless one is idle."""
+    """Gives the pool some work, for which it starts one more process unless one is idle.
+
+    A Ctrl-C waits for that: a worker that is half started would end in a traceback.
+    """
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     posix = os.name == "posix"  # where a process inherits this: a worker's imports are silent, too
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if posix else None
     try:
@@ -288,7 +296,10 @@ def submit(pool: Executor, function: Callable, *arguments) -> Future:
         ) from error
     finally:
         if posix:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a Ctrl-C comes now, and is not lost
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if interrupts and handler is not signal.SIG_IGN:
+            raise KeyboardInterrupt
 
 
 def batched(stories: Iterable[str]) -> Iterator[list[str]]:

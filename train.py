@@ -185,7 +185,8 @@ def train(run: Run, state: TrainState) -> int:
                 log.add_sample(entry, state.model, training.seed)
             folder.append(entry)
             names = names_due(state, training)
-            failing = folder.keep_up(training.save_minutes)
+            folder.keep_up()
+            failing = folder.failing_for(training.save_minutes)
             late = began - last_save >= 60 * training.save_minutes
             if names or stop or signals.save or failing or late:
                 if not evaluated:  # train_loss is of the weights before this step

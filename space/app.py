@@ -41,7 +41,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 WEIGHTS = "checkpoints/StoryGPT_best.pt"
 FILES = ("model.py", "config.py", WEIGHTS, "tokenizer.json")
-DESCRIPTIONS = ("config.json", "README.md")  # which older models lack
+CARD = "README.md"
+DESCRIPTIONS = ("config.json", CARD)  # which older models lack
 OPENING = "Once upon a time"  # of a model that does not say how its stories begin
 AT_ONCE = 8  # visitors whose stories come at the same time; the others wait
 MOST_VISITORS = 300
@@ -101,7 +102,7 @@ def default_model() -> str | None:
 def title(folder: Path) -> str:
     """Returns what its card calls the model in a folder, else the folder's own name."""
     try:
-        return str(metadata_load(folder / "README.md")["model-index"][0]["name"])
+        return str(metadata_load(folder / CARD)["model-index"][0]["name"])
     except Exception:  # no card, or one that was edited by hand
         return folder.resolve().name
 
@@ -109,7 +110,7 @@ def title(folder: Path) -> str:
 def language(folder: Path) -> str:
     """Returns the first language that its card names, else English."""
     try:
-        named = metadata_load(folder / "README.md")["language"]
+        named = metadata_load(folder / CARD)["language"]
         return named if isinstance(named, str) else str(named[0])
     except Exception:  # as in `title`
         return "en"
@@ -369,16 +370,17 @@ def render(published: Published) -> str:
         "layers": config.n_layer,
         "heads": config.n_head,
     }
-    chips = (f'<button type="button">{escape(text)}</button>' for text in published.openings)
+    language = escape(published.language)
+    chip = f'<button type="button" lang="{language}">{{}}</button>'
     return Template((HERE / "page.html").read_text("utf-8")).substitute(
         title=escape(published.name.rpartition("/")[2]),
         about=about(published),
         size=f"{published.model.num_parameters():,} parameters in {config.n_layer} layers of "
         f"{config.n_head} heads. It sees the last {config.context_length:,} tokens.",
         heads=config.n_head,
-        language=escape(published.language),
+        language=language,
         opening=escape(opening),
-        chips="".join(chips),
+        chips="".join(chip.format(escape(text)) for text in published.openings),
         most_characters=fields["prompt"]["maxLength"],
         settings="".join(setting(*field) for field in fields.items() if field[0] != "prompt"),
         story=escape(text),

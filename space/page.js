@@ -5,6 +5,7 @@
 
 const $ = (selector) => document.querySelector(selector);
 const known = JSON.parse($("#known").textContent); // see render in app.py
+const lang = known.language; // of the stories; the page itself is English
 const form = $("#wish");
 const fields = [...form.querySelectorAll("[name]")];
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -39,7 +40,7 @@ function say(element, text) {
 }
 
 // Also what was said before: the same story, asked for again, is told again.
-const sayAloud = (text) => ($("#said").textContent = text);
+const sayAloud = (...what) => $("#said").replaceChildren(...what);
 
 function sleep(milliseconds, signal) {
   return new Promise((resolve, reject) => {
@@ -163,7 +164,7 @@ async function tell(wasAsked) {
     message = error.message;
   }
   end(message);
-  if (begun && (wasAsked || !isFirst)) sayAloud(stories.map(aloud).join("\n"));
+  if (begun && (wasAsked || !isFirst)) sayAloud(...stories.flatMap(aloud));
 }
 
 async function* replay(signal) {
@@ -239,7 +240,6 @@ setInterval(() => {
 // --- Stories ---
 
 function showStories() {
-  const lang = known.language;
   cards = stories.map((story, i) => {
     const button = (textContent) => {
       const ariaLabel = `${textContent}: seed ${story.seed}`;
@@ -268,7 +268,10 @@ function showStory(i) {
   say(count, `Seed ${story.seed} · ${story.ids.length - story.read} tokens · ${story.state}`);
 }
 
-const aloud = ({ given, text, seed, state }) => `${given}${text} (Seed ${seed}: ${state}.)`;
+const aloud = ({ given, text, seed, state }) => [
+  make("span", { lang, textContent: given + text }),
+  ` (Seed ${seed}: ${state}.)\n`,
+];
 
 async function copy(text, button) {
   let copied = true;
@@ -368,8 +371,8 @@ function showTokens(probabilities) {
   const { ids, texts, read } = inside;
   const options = texts.map((text, i) => {
     const p = probabilities[i];
-    const option = make("span", { role: "option", tabIndex: -1, ariaSelected: "false" });
-    const bound = make("em", { textContent: i ? "the end" : "the beginning" });
+    const option = make("span", { lang, role: "option", tabIndex: -1, ariaSelected: "false" });
+    const bound = make("em", { lang: "en", textContent: i ? "the end" : "the beginning" });
     option.append(ids[i] === known.end ? bound : text.replaceAll("\n", "↵\n") || "·");
     option.className = p === null ? "first" : i < read ? "given" : "told";
     option.title = p === null ? "nothing came before it" : percent(p);

@@ -22,6 +22,8 @@ from storygpt.files import BEST
 
 DEFAULT_CHECKPOINT = Path("checkpoints") / BEST
 STARTED = time.monotonic()
+# What the machine is to blame for, of all that CUDA calls an error.
+GPU_FAILURES = "busy or unavailable|unspecified launch failure|ECC|timed out|unknown error"
 
 
 def end_quietly_on_interrupt() -> None:
@@ -213,7 +215,7 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             fail("there is not enough memory for this: pass smaller numbers")
-        if re.match("(CUDA|HIP) error: ", str(error)):
+        if re.match(f"(CUDA|HIP) error: .*({GPU_FAILURES})", str(error)):
             fail(
                 f"the GPU has failed ({first_line(error)}): another program may have it, which "
                 "nvidia-smi shows; then do the same again, a run with --resume"

@@ -77,9 +77,10 @@ def check_driver() -> None:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return
-    if dead := re.search("Failed to initialize NVML: (.+)", answer.stdout + answer.stderr):
+    dead = re.search("Unknown Error|Driver/library version mismatch", answer.stdout + answer.stderr)
+    if dead:  # a container that has lost its GPU; a driver that was updated while in use
         raise InputError(
-            f"there is a GPU here whose driver does not answer ({dead[1].strip()}): start the "
+            f"there is a GPU here whose driver does not answer ({dead[0]}): start the "
             "machine, or its container, again; or pass --device cpu to do without"
         )
     found = re.match(r"((\d+)[.\d]*), (.+)", answer.stdout)

@@ -20,7 +20,7 @@ WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000
 LONG_WHITE_SPACE = re.compile(rf"{WHITE_SPACE}{{1000,}}(?:(?={WHITE_SPACE})|\Z)")
 OPENING_WORDS = 4
 LONGEST_OPENING = 40  # characters
-WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff，、]{4}")  # Chinese, Japanese
+WITHOUT_SPACES = re.compile("[\u3005\u3040-\u30ff\u3400-\u9fff，、]{4}")  # Chinese, Japanese
 
 
 class Encoded(NamedTuple):
@@ -89,9 +89,13 @@ def opening_of(story: str) -> str:
     """Returns a story's first four words, in a script without spaces four characters, without the
     punctuation behind them; "" where it has fewer or they are more than 40 characters."""
     words = story[: 2 * LONGEST_OPENING].split(maxsplit=OPENING_WORDS)[:OPENING_WORDS]
-    if len(words) < OPENING_WORDS:
-        words = WITHOUT_SPACES.findall(words[0][:OPENING_WORDS]) if words else []
-    opening = " ".join(words).rstrip(".,;:!?…\"'”’)，、")
+    if len(words) == OPENING_WORDS:
+        opening = " ".join(words)
+    elif words and WITHOUT_SPACES.match(words[0]):
+        opening = words[0][:OPENING_WORDS]
+    else:
+        return ""
+    opening = opening.rstrip(".,;:!?…\"'”’)，、")
     return opening if len(opening) <= LONGEST_OPENING else ""
 
 

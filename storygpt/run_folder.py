@@ -242,13 +242,15 @@ class RunFolder:
             self.unsaved[name] = states[name]
         self._start_attempt()
 
-    def keep_up(self, minutes: float) -> bool:
-        """Notices a save that has failed, and tries again when that is due; tells whether nothing
-        could be saved for `minutes`."""
+    def keep_up(self) -> None:
+        """Notices a save that has failed, and tries again when that is due."""
         if self.attempt and self.attempt.done():
             self.saving.note(self._end_attempt())
         elif not self.attempt and self.unsaved and self.saving.due:
             self._start_attempt()
+
+    def failing_for(self, minutes: float) -> bool:
+        """Tells whether nothing could be saved for so long."""
         return time.monotonic() >= self.saving.since + 60 * minutes
 
     def wait(self, minutes: float = 0) -> None:

@@ -180,7 +180,9 @@ def open_files(
     texts = len(left_out[LEFT_OUT_TEXTS])
     return Stories(
         splits={s: read_files(files, part, text_column, texts) for s, part in splits.items()},
-        total=None if files.commit else count_rows([*map(files.get, chain(*splits.values()))]),
+        total=None
+        if files.commit
+        else count_rows([*map(files.get, chain.from_iterable(splits.values()))]),
         left_out={reason: names for reason, names in left_out.items() if names},
         commit=files.commit,
         notes=notes_on(splits, declared=bool(configs)),
@@ -272,7 +274,7 @@ def choose_splits(place: str, found: Found) -> tuple[Found, list[str]]:
 
 def notes_on(splits: Found, declared: bool) -> list[str]:
     """Says what is odd about the names that became splits, by their words or as `declared`."""
-    names = [*chain(*splits.values())]
+    names = [*chain.from_iterable(splits.values())]
     shards = [match for match in map(OF_SHARDS.match, names) if match]
     notes = [
         f"{first}* lacks {int(number) - have:,} of its {int(number):,} files"

@@ -35,7 +35,7 @@ def test_training_goes_on_without_output_and_other_scripts_say_so(flags, tmp_pat
         ("raise MemoryError", 1, "error: there is not enough memory"),
         ("raise RuntimeError('CUDA error: out of memory')", 1, "error: there is not enough memory"),
         ("raise RuntimeError('CUBLAS_STATUS_ALLOC_FAILED')", 1, "error: there is not enough"),
-        ("raise RuntimeError('CUDA error: busy\\nmore')", 1, "error: the GPU has failed (CUDA er"),
+        ("raise RuntimeError('CUDA error: ECC error\\nmore')", 1, "error: the GPU has failed ("),
         ("[print('x' * 9999) for _ in range(99)]", 1, ""),  # its reader leaves after a line
         ("sys.stdin.read()", 0, ""),
     ],
@@ -49,6 +49,14 @@ def test_a_script_ends_without_a_traceback(body, code, says):
     )
     assert done.returncode == code
     assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says), done.stderr
+
+
+def test_what_may_be_a_fault_of_ours_on_a_gpu_keeps_its_traceback():
+    body = "raise RuntimeError('CUDA error: device-side assert triggered')"
+    program = f"from storygpt import cli\ndef main():\n    {body}\ncli.run(main)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
 
 
 @pytest.mark.parametrize(("kind", "told"), [("InputError", False), ("OwnMistake", True)])

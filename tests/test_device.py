@@ -180,7 +180,7 @@ def test_a_gpu_that_torch_cannot_use_is_one_sentence(driver, cuda, says, monkeyp
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Unknown Error'; exit 255\n")
     with pytest.raises(InputError, match=r"does not answer \(Unknown Error\): start the machine"):
-        use_device()  # a container that has lost it; a driver that was updated
+        use_device()
     program.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
     assert use_device() == torch.device("cpu")
 

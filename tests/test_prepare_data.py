@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -342,8 +343,8 @@ def test_stories_that_keep_a_separator_as_text_are_noted(prepared, tmp_path):
     """As where a .txt was made a table of its lines."""
     rows = ["A.", "<|endoftext|>", "B.", "C.<|endoftext|>D.", "", "E."]
     put(tmp_path, {"a.jsonl": jsonl(rows), "b.txt": "A.<|endoftext|>B."})
-    note = "stories hold <|endoftext|> as text: put one story in a row"
-    assert f"note: 2 {note}" in prepared(tmp_path / "a.jsonl", tmp_path / "out")
+    note = "note: stories that hold <|endoftext|> as text"
+    assert f"{note}: 2; take it out" in prepared(tmp_path / "a.jsonl", tmp_path / "out")
     assert note not in prepared(tmp_path / "b.txt", tmp_path / "out")
 
 
@@ -427,13 +428,28 @@ def test_a_worker_that_fails_or_dies_is_one_sentence():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere nothing is held back")
-def test_a_ctrl_c_while_a_worker_is_started_is_not_lost():
+def test_a_ctrl_c_while_a_worker_is_started_waits_and_is_not_lost():
+    started = []
+
     class Pool:
         def submit(self, function) -> None:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # whatever thread takes it, this one hears of it
+            started.append(function)
 
-    with pytest.raises(KeyboardInterrupt):
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # as a progress bar has one
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            submit(Pool(), print)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's `&` starts it
         submit(Pool(), print)
+        signal.signal(signal.SIGINT, handler)
+    finally:
+        done.set()
+        other.join()
+    assert started == [print, print] and handler is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 

@@ -189,7 +189,7 @@ def test_a_save_is_of_the_moment_it_was_asked_for(saving, tmp_path):
 def keep_up(folder) -> None:
     """What training does after each step, until the attempt to save that goes on is noticed."""
     while folder.attempt:
-        folder.keep_up(10)
+        folder.keep_up()
         time.sleep(0.001)
 
 
@@ -201,14 +201,14 @@ def test_a_save_that_failed_is_noticed_and_tried_again(saving, tmp_path, capsys)
     said = capsys.readouterr().err
     assert f"{BEST} cannot be written (Is a directory)" in said
     assert "Trying again at the next step" in said
-    saving.folder.keep_up(10)  # the next step
+    saving.folder.keep_up()  # the next step
     keep_up(saving.folder)
     assert "Trying again in a minute" in capsys.readouterr().err
-    saving.folder.keep_up(10)
+    saving.folder.keep_up()
     assert not saving.folder.attempt  # the minute is not over
     (tmp_path / BEST).rmdir()
     saving.folder.saving.next = time.monotonic()  # now it is
-    saving.folder.keep_up(10)
+    saving.folder.keep_up()
     keep_up(saving.folder)
     assert load_checkpoint(tmp_path / BEST)["step"] == load_checkpoint(tmp_path / LATEST)["step"]
     assert not saving.folder.unsaved and not capsys.readouterr().err
@@ -233,14 +233,14 @@ def test_a_run_ends_where_no_checkpoint_could_be_written_for_long(saving, tmp_pa
     saving.go()
     saving.folder.save([LATEST], saving.checkpoint, {})
     keep_up(saving.folder)
-    assert not saving.folder.keep_up(10)
+    assert not saving.folder.failing_for(10)
     saving.folder.saving.since -= 601
-    assert saving.folder.keep_up(10)
+    assert saving.folder.failing_for(10)
     with pytest.raises(InputError, match=f"{LATEST} cannot be written"):
         saving.folder.wait()
     (tmp_path / LATEST).rmdir()
     saving.folder.wait()  # the last try comes in time
-    assert not saving.folder.keep_up(10)
+    assert not saving.folder.failing_for(10)
 
 
 def test_metrics_that_could_not_be_written_are_written_later(saving, tmp_path, capsys):

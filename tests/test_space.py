@@ -31,7 +31,8 @@ from config import GenerationSettings
 from model import GPT
 from storygpt.checkpoint import load_model
 from storygpt.formats import tokenizer_files
-from storygpt.generation import generate_stories
+from storygpt.generation import generate_ids, generate_stories
+from storygpt.tokenizer import load_tokenizer
 
 pytest.importorskip("gradio", "6.12")
 FILES = {"app.py", "page.html", "page.css", "page.js", "requirements.txt", "README.md"}
@@ -827,7 +828,14 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
     visitor = Visitor(browser, space.url)
     starts = ("The dog ran", "One day", "Once upon", "She saw", "A big", "Tom said")
     greedy = GenerationSettings(max_new_tokens=1000, temperature=0)
-    endless = max(starts, key=lambda p: len(generate_stories(space.model, p, [1337], greedy)[0]))
+    tokenizer = load_tokenizer(space.model.config.vocab_size)
+
+    def ends(prompt: str) -> bool:
+        start = tokenizer.encode_ordinary(prompt)
+        (ids,) = generate_ids(space.model, [start], seed=1337, settings=greedy)
+        return tokenizer.eot_token in ids
+
+    endless = next(prompt for prompt in starts if not ends(prompt))
     visitor.set(prompt=endless, max_new_tokens=1000, temperature=0)
     with slowed(space.process):
         visitor.click("#tell")
@@ -870,8 +878,6 @@ def test_a_story_grows_stops_and_its_tokens_show_the_models_ten_likeliest(space,
 
 
 def ids_of(model: GPT, story: str) -> list[int]:
-    from storygpt.tokenizer import load_tokenizer
-
     return load_tokenizer(model.config.vocab_size).encode_ordinary(story)
 
 

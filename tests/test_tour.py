@@ -229,7 +229,7 @@ def test_the_notebook_finds_the_code_beside_it_in_a_clone_or_in_a_zip(place, tmp
     git = ["git", "-C", repository, "-c", "user.name=A", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "A repo"]):
         subprocess.run([*git, *command], check=True)
-    addresses = {"clone": f"file://{repository}", "zip": f"{repository}.zip"}
+    addresses = {"clone": repository, "zip": f"{repository}.zip"}
     addresses["folder"] = repository.parent  # as Kaggle unpacks a zip that is uploaded there
     address = addresses.get(place, tmp_path / "nowhere")
     shutil.make_archive(str(repository), "zip", tmp_path / "a", "StoryGPT-main")
