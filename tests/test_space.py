@@ -414,7 +414,7 @@ def test_one_sentence_says_what_it_is_as_far_as_it_is_known(app, published):
 def test_the_openings_are_the_models_own_or_the_commonest_of_all(app, published, client):
     html = client.get("/").text
     for opening, _ in OPENINGS:
-        assert f'<button type="button">{opening}</button>' in html
+        assert f'<button type="button" lang="en">{opening}</button>' in html
     unknown = app.Published("Tiny", published.model, published.tokenizer, {})
     assert unknown.openings == ["Once upon a time"]
     evil = app.Published(
