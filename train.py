@@ -30,7 +30,7 @@ from torch import nn
 from config import MAY_CHANGE, GPTConfig, InputError, PresetName, TrainingConfig, preset
 from model import GPT
 from storygpt import device as machine
-from storygpt.batches import Batches, mixed_seed
+from storygpt.batches import Batches, mixed_seed, validation_starts
 from storygpt.checkpoint import Start, fit_start, load_start, load_weights
 from storygpt.distributed import Processes, Stop, lost_a_process
 from storygpt.files import BEST, FINAL, LATEST, META, step_name
@@ -152,9 +152,11 @@ def train(run: Run, state: TrainState) -> int:
     if run.facts.record["init_from"] and state.step == 0:
         evaluate_start(run, state, compiled, log)
 
-    windows = min(training.eval_windows, len(run.val_tokens) // arguments.gpt.context_length)
+    starts = validation_starts(
+        run.val_tokens, arguments.gpt.context_length, most=training.eval_windows
+    )
     deadline = cli.STARTED + 3600 * (arguments.max_hours or math.inf)
-    pace = Pace(training, eval_windows=windows, deadline=deadline)
+    pace = Pace(training, eval_windows=len(starts), deadline=deadline)
     last_save = time.monotonic()
     stop = None
     with log or nullcontext():

@@ -84,9 +84,8 @@ def explain(error: Exception) -> str:
         status = error.response.status_code
         said = shorten(" ".join((error.server_message or "the Hub does not say why").split()))
         means = REFUSALS.get(status, said)
-        if (
-            status in (403, 429) and error.server_message
-        ):  # for which there are many reasons, a quota among them
+        # These two have many reasons, a full quota among them.
+        if status in (403, 429) and error.server_message:
             means += f"; the Hub says: {said}"
         if isinstance(error, errors.GatedRepoError):
             means = "ask for access on its page on the Hub, and log in with `hf auth login`"

@@ -139,6 +139,7 @@ def test_what_only_shows_a_run_ends_none(capsys):
     said = capsys.readouterr().err
     assert said.count("could not show the run: gone for good\n") == 4
     assert "could not show the run: TimeoutError" in said and "loss_plot.png cannot be" in said
+    assert "see that its folder and its disk are still there" in said  # of the plot's
 
 
 def test_a_tracker_sees_no_half_of_the_library_that_draws(tmp_path):

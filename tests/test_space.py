@@ -285,25 +285,24 @@ def test_a_port_in_use_and_a_damaged_model_are_sentences(app, space, folder, mon
             app.main()
 
 
-def test_a_proxy_that_refuses_is_a_sentence(tmp_path):
+def test_a_private_model_without_a_token_and_a_proxy_that_refuses_are_sentences(tmp_path):
     class Proxy(BaseHTTPRequestHandler):
         def do_CONNECT(self):
             self.send_error(403)
 
-    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+    with Hub() as hub, HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        hub.add("models/you/mine", {"config.json": b"{}"}, private=True)
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{proxy.server_port}"
         real = {"HF_ENDPOINT": "https://huggingface.co", "https_proxy": address}
-        result = subprocess.run(
-            [sys.executable, ROOT / "space" / "app.py", "--model", "you/mine"],
-            env={**os.environ, "HF_HOME": str(tmp_path), **real},
-            capture_output=True,
-            text=True,
-        )
+        for environment in ({"HF_TOKEN": ""}, real):
+            flags = [sys.executable, ROOT / "space" / "app.py", "--model", "you/mine"]
+            environment = {**os.environ, **hub.environment(tmp_path), **environment}
+            result = subprocess.run(flags, env=environment, capture_output=True, text=True)
+            says = "error: you/mine is no folder here, and cannot be downloaded (a private model"
+            assert says in result.stderr and "Traceback" not in result.stderr, result.stderr
+            assert result.returncode == 1
         proxy.shutdown()
-    says = "error: you/mine is no folder here, and cannot be downloaded (a private model"
-    assert says in result.stderr and "Traceback" not in result.stderr, result.stderr
-    assert result.returncode == 1
 
 
 def test_it_is_served_where_it_was_told_to_whatever_the_environment_says(folder, tmp_path_factory):

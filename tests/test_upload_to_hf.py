@@ -603,7 +603,13 @@ def test_the_space_of_a_private_model_is_private(script, small_run, hub, tmp_pat
 PLANNED = {
     "401": ([Fault("create", 401)], "HTTP 401): the Hub does not know this token", 1, 0),
     "402": ([Fault("create", 402)], "HTTP 402): planned", 1, 0),  # the Hub's own sentence
-    "403": ([Fault("preupload", 403)], "; the Hub says: planned", 1, 0),  # a full quota, perhaps
+    "403": (  # a full quota, perhaps
+        [Fault("preupload", 403)],
+        "HTTP 403): the token may not do that: give it permission at "
+        "https://huggingface.co/settings/tokens; the Hub says: planned",
+        1,
+        0,
+    ),
     "404": ([Fault("commit", 404)], "HTTP 404): there is no such repo, or the token cannot", 1, 0),
     "409": ([Fault("commit", 409)], "HTTP 409): the repo is being changed", 1, 0),
     "429": (
